@@ -1,0 +1,1 @@
+"""The GGUF file: bounded reader, block layouts, dequantisation, writer."""
