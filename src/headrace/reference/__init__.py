@@ -1,0 +1,1 @@
+"""The oracle: the operations literally, in NumPy."""

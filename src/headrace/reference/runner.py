@@ -1,0 +1,215 @@
+"""The reference backend: the seven operations as written, over dequantised weights.
+
+Slow and obvious. Every other backend is tested against it; activations are never quantised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from headrace.backend import PAGE_SIZE, Batch
+from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.model.decoder import Decoder
+from headrace.model.operations import (
+    Attend,
+    Embed,
+    FeedForwardIn,
+    FeedForwardOut,
+    Head,
+    Linear,
+    Norm,
+    Operation,
+    ProjectOut,
+    ProjectQKV,
+    Rope,
+)
+from headrace.reference import operations as ops
+from headrace.reference.weights import DequantisedWeights
+
+Array = NDArray[Any]
+Observer = Callable[[Operation, Array], None]
+
+DEFAULT_WEIGHT_BUDGET = 4 << 30
+
+
+class ReferenceRunner:
+    """A decoder in NumPy, with a paged cache of keys and values in the same dtype.
+
+    ``dtype`` is float32, or float64 to measure the rounding error of other backends; logits come
+    back in it. ``weight_budget`` bounds the bytes of dequantised weights kept. ``observe(operation,
+    output)`` is called after every operation: the residual stream [T, d] after Embed, ProjectOut
+    and FeedForwardOut; q | k | v as cached, [T, (n_heads + 2 n_kv_heads) head_dim], after
+    ProjectQKV; [T, n_heads head_dim] after Attend; [T, d_ff] after FeedForwardIn; logits [R,
+    n_vocab] after Head.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dtype: DTypeLike = np.float32,
+        weight_budget: int = DEFAULT_WEIGHT_BUDGET,
+        observe: Observer | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.observe = observe
+        self._dtype = np.dtype(dtype)
+        self._weights = DequantisedWeights(decoder.weights, self._dtype, weight_budget)
+        self._inv_freq: dict[Rope, NDArray[np.float64]] = {}
+        # [n_layers, 2 (k, v), n_pages, PAGE_SIZE, n_kv_heads, head_dim]
+        self._cache: Array | None = None
+
+    @property
+    def device_name(self) -> str:
+        return f"reference (NumPy {self._dtype.name})"
+
+    def allocate_cache(self, n_pages: int) -> None:
+        c = self.decoder.config
+        shape = (c.n_layers, 2, n_pages, PAGE_SIZE, c.n_kv_heads, c.head_dim)
+        self._cache = None
+        try:
+            self._cache = np.zeros(shape, self._dtype)
+        except MemoryError as error:
+            wanted = int(np.prod(shape, dtype=object)) * self._dtype.itemsize
+            raise DeviceMemoryError(
+                f"KV cache of {n_pages} pages needs {wanted:,} bytes of host memory, which are not "
+                "free: ask for a shorter context"
+            ) from error
+
+    def copy_page(self, source: int, target: int) -> None:
+        cache = self._allocated()
+        n_pages = cache.shape[2]
+        if not (0 <= source < n_pages and 0 <= target < n_pages):
+            raise DeviceError(f"copy_page {source} -> {target}: the cache has {n_pages} pages")
+        cache[:, :, target] = cache[:, :, source]
+
+    def step(self, batch: Batch) -> Array:
+        """Logits [R, n_vocab] of ``batch.logit_rows``, in the runner's dtype."""
+        hidden = self.hidden(batch)
+        head = self._head
+        logits = self._linear(hidden, head.out) * head.logit_scale
+        logits = ops.softcap(logits, head.softcap)
+        self._show(head, logits)
+        return logits
+
+    def hidden(self, batch: Batch) -> Array:
+        self._check(batch)
+        x = np.empty(0, self._dtype)  # the residual stream [T, d]
+        y = x  # what the last half-operation hands to the next
+        for op in self.decoder.operations:
+            match op:
+                case Embed():
+                    x = self._weights.rows(op.weight, batch.tokens) * op.scale
+                    self._show(op, x)
+                case ProjectQKV():
+                    y = self._project_qkv(op, x, batch)
+                case Attend():
+                    y = self._attend(op, y, batch)
+                    self._show(op, y)
+                case ProjectOut():
+                    x = x + self._post_norm(self._linear(y, op.out), op.post_norm)
+                    self._show(op, x)
+                case FeedForwardIn():
+                    normed = self._norm(x, op.norm)
+                    gate, up = self._linear(normed, op.gate), self._linear(normed, op.up)
+                    y = ops.activate(gate, op.activation) * up
+                    self._show(op, y)
+                case FeedForwardOut():
+                    x = x + self._post_norm(self._linear(y, op.down), op.post_norm)
+                    self._show(op, x)
+                case Head():
+                    x = self._norm(x[batch.logit_rows], op.norm)
+        return x
+
+    def close(self) -> None:
+        self._cache = None
+        self._weights = DequantisedWeights(self.decoder.weights, self._dtype, 0)
+
+    def _project_qkv(self, op: ProjectQKV, x: Array, batch: Batch) -> Array:
+        """Returns q [T, n_heads, head_dim], rotated; k and v go to the cache."""
+        normed = self._norm(x, op.norm)
+        q = self._linear(normed, op.q).reshape(len(x), op.n_heads, op.head_dim)
+        k = self._linear(normed, op.k).reshape(len(x), op.n_kv_heads, op.head_dim)
+        v = self._linear(normed, op.v).reshape(len(x), op.n_kv_heads, op.head_dim)
+        if op.q_norm is not None:
+            q = self._norm(q, op.q_norm)
+        if op.k_norm is not None:
+            k = self._norm(k, op.k_norm)
+        inv_freq = self._inverse_frequencies(op.rope)
+        q = ops.rotate(q, batch.positions, op.rope, inv_freq)
+        k = ops.rotate(k, batch.positions, op.rope, inv_freq)
+        pages = batch.page_table[batch.slots, batch.positions // PAGE_SIZE]
+        offsets = batch.positions % PAGE_SIZE
+        keys, values = self._allocated()[op.layer]
+        keys[pages, offsets], values[pages, offsets] = k, v
+        self._show(op, np.concatenate([q, k, v], axis=1).reshape(len(x), -1))
+        return q
+
+    def _attend(self, op: Attend, q: Array, batch: Batch) -> Array:
+        """q [T, n_heads, head_dim] -> [T, n_heads * head_dim], one slot after the other."""
+        keys, values = self._allocated()[op.layer]
+        out = np.empty_like(q)
+        for slot in np.unique(batch.slots):
+            rows = batch.slots == slot
+            positions = batch.positions[rows]
+            length = int(positions[-1]) + 1
+            pages = batch.page_table[slot, : -(-length // PAGE_SIZE)]
+            k = keys[pages].reshape(-1, op.n_kv_heads, op.head_dim)[:length]
+            v = values[pages].reshape(-1, op.n_kv_heads, op.head_dim)[:length]
+            out[rows] = ops.attention(q[rows], k, v, positions, op.scale, op.window, op.softcap)
+        return out.reshape(len(q), -1)
+
+    def _linear(self, x: Array, op: Linear) -> Array:
+        """x [T, k] -> [T, n]."""
+        blocks = [ops.linear(x, block) for block in self._weights.row_blocks(op.weight)]
+        y = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+        return y if op.bias is None else y + self._weights.vector(op.bias)
+
+    def _norm(self, x: Array, norm: Norm) -> Array:
+        return ops.rms_norm(x, self._weights.vector(norm.weight), norm.eps)
+
+    def _post_norm(self, x: Array, norm: Norm | None) -> Array:
+        return x if norm is None else self._norm(x, norm)
+
+    def _inverse_frequencies(self, rope: Rope) -> NDArray[np.float64]:
+        if rope not in self._inv_freq:
+            factors = self._weights.vector(rope.freq_factors) if rope.freq_factors else None
+            self._inv_freq[rope] = ops.inverse_frequencies(rope, factors)
+        return self._inv_freq[rope]
+
+    @property
+    def _head(self) -> Head:
+        head = self.decoder.operations[-1]
+        if not isinstance(head, Head):
+            raise DeviceError(f"the last operation is {type(head).__name__}, should be Head")
+        return head
+
+    def _show(self, op: Operation, output: Array) -> None:
+        if self.observe is not None:
+            self.observe(op, output)
+
+    def _allocated(self) -> Array:
+        if self._cache is None:
+            raise DeviceError("no KV cache: call allocate_cache before the first step")
+        return self._cache
+
+    def _check(self, batch: Batch) -> None:
+        """NumPy would read index -1 as the last: refuse rows outside the vocabulary or cache."""
+        n_vocab, n_pages = self.decoder.config.n_vocab, self._allocated().shape[2]
+        if not len(batch.tokens) == len(batch.positions) == len(batch.slots) > 0:
+            raise DeviceError("step: tokens, positions and slots must have one length, above 0")
+        if batch.tokens.min() < 0 or batch.tokens.max() >= n_vocab:
+            raise DeviceError(f"step: token ids must be in 0 … {n_vocab - 1}")
+        n_slots, max_pages = batch.page_table.shape
+        page_index = batch.positions // PAGE_SIZE
+        if batch.slots.min() < 0 or batch.slots.max() >= n_slots:
+            raise DeviceError(f"step: slots must be in 0 … {n_slots - 1}")
+        if page_index.min() < 0 or page_index.max() >= max_pages:
+            raise DeviceError(f"step: positions must be in 0 … {max_pages * PAGE_SIZE - 1}")
+        for slot in np.unique(batch.slots):
+            used = batch.page_table[slot, : page_index[batch.slots == slot].max() + 1]
+            if used.min() < 0 or used.max() >= n_pages:
+                raise DeviceError(f"step: slot {slot} uses a page outside 0 … {n_pages - 1}")
