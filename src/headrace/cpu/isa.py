@@ -1,0 +1,109 @@
+"""Instruction sets: how many rows a tile has, and the instruction for its integer dot product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+
+from headrace.cpu.ir import Tile, Value, declare, i16, i32
+from headrace.errors import DeviceError
+
+Dot = Callable[[Tile, Value, Value, Value, int], Value]
+"""(tile, sums, weights, activations, largest weight) -> sums + Σ of four byte products a lane.
+
+Weights are unsigned bytes, activations signed bytes within ±127; both are ``i32`` vectors.
+"""
+
+
+def _dot_vnni(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
+    kind = tile.vec(i32)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * tile.lanes}"
+    fn = declare(tile.b.module, name, ir.FunctionType(kind, [kind] * 3))
+    return tile.b.call(fn, [sums, weights, x])
+
+
+def _dot_avx2(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
+    b, shorts = tile.b, tile.vec(i16, 2 * tile.lanes)
+    madd = declare(
+        b.module, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(tile.vec(i32), [shorts] * 2)
+    )
+
+    def madd_words(a: Value, c: Value) -> Value:
+        return b.call(madd, [b.bitcast(a, shorts), b.bitcast(c, shorts)])
+
+    if 2 * largest * 127 < 2**15:
+        bytes_ = tile.vec(ir.IntType(8), 4 * tile.lanes)
+        maddubs = declare(
+            b.module, "llvm.x86.avx2.pmadd.ub.sw", ir.FunctionType(shorts, [bytes_] * 2)
+        )
+        pairs = b.call(maddubs, [b.bitcast(weights, bytes_), b.bitcast(x, bytes_)])
+        return b.add(sums, madd_words(pairs, tile.ints(0x00010001)))
+    # Two products of full bytes overflow 16 bits: take even and odd bytes apart.
+    eight = ir.Constant(shorts, [8] * 2 * tile.lanes)
+    x = b.bitcast(x, shorts)
+    even = madd_words(tile.mask(weights, 0x00FF00FF), b.ashr(b.shl(x, eight), eight))
+    odd = madd_words(tile.mask(tile.shr(weights, 8), 0x00FF00FF), b.ashr(x, eight))
+    return b.add(sums, b.add(even, odd))
+
+
+def _dot_portable(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
+    for byte in range(4):
+        w = tile.mask(tile.shr(weights, 8 * byte), 0xFF)
+        sums = tile.b.add(sums, tile.b.mul(w, tile.signed_byte(x, byte)))
+    return sums
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """``features`` must all be present on the host; ``cpu`` is the LLVM processor to compile for."""
+
+    name: str
+    lanes: int
+    dot: Dot
+    features: tuple[str, ...]
+    cpu: str
+
+    @property
+    def native_half(self) -> bool:
+        return "f16c" in self.features
+
+    @property
+    def feature_string(self) -> str:
+        return ",".join(f"+{f}" for f in self.features)
+
+
+INSTRUCTION_SETS = (
+    InstructionSet(
+        "avx512-vnni",
+        16,
+        _dot_vnni,
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c"),
+        "cascadelake",
+    ),
+    InstructionSet("avx2", 8, _dot_avx2, ("avx2", "fma", "f16c"), "haswell"),
+    InstructionSet("portable", 4, _dot_portable, (), ""),
+)
+"""Best first."""
+
+
+def supported() -> list[InstructionSet]:
+    """The instruction sets this processor runs, best first; the last is always ``portable``."""
+    have = llvm.get_host_cpu_features()
+    return [s for s in INSTRUCTION_SETS if all(have.get(f, False) for f in s.features)]
+
+
+def choose(name: str | None = None) -> InstructionSet:
+    """The best supported set, or the one named (``HEADRACE_CPU_ISA``)."""
+    runnable = supported()
+    if name is None:
+        return runnable[0]
+    for candidate in runnable:
+        if candidate.name == name:
+            return candidate
+    raise DeviceError(
+        f"instruction set {name!r} does not run on this processor; "
+        f"these do: {', '.join(s.name for s in runnable)}"
+    )

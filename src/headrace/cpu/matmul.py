@@ -1,0 +1,316 @@
+"""The matmul kernels: packed weights × rows of activations, for any number of rows.
+
+One generator for every quantised format: unpack a tile's blocks, then let every activation row pass
+over them. A single row (decode) uses the unpacked vectors straight from registers; more rows
+(prefill, batches) read them back from a scratch buffer that stays in the L1 cache. The sums are
+formed in the same order either way, so a row's result does not depend on its neighbours.
+
+Activations are int8 in groups of 32 with one float scale (see ``quantise_row`` in ``ops.py``), each
+group described by :data:`GROUP_RECORD`. Float weights (F32, F16, BF16) multiply float activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from llvmlite import ir
+
+from headrace.cpu.ir import Tile, Value, f32, i32, i64
+from headrace.cpu.isa import InstructionSet
+from headrace.cpu.unpack import UNPACKERS, Group, Unpacker
+from headrace.gguf.types import QuantType
+
+GROUP_RECORD = np.dtype(
+    [
+        ("scale", np.float32),
+        ("sum", np.float32, 3),  # scale × (sum of 32, of the first 16, of the last 16)
+        ("isum", np.int32, 3),  # the same sums of the int8 values
+        ("unused", np.int32),
+    ]
+)
+"""What a matmul needs to know of 32 activations besides their int8 values."""
+
+ARGUMENTS = ("weights", "row_bytes", "n", "k", "x", "records", "t", "y", "y_stride", "accumulate")
+"""The int64 fields of a kernel's argument array; addresses and strides in bytes.
+
+weights: [n, row_bytes]; x: int8 [t, k] (float32 for float weights); records: [t, k/32];
+y: float32, row stride ``y_stride``; accumulate: 1 to add to y instead of replacing it.
+"""
+
+SIGNATURE = ir.FunctionType(ir.VoidType(), [i64, i64, i64, i64])
+"""kernel(arguments, first tile, last tile + 1, scratch)."""
+
+_BATCH = 256
+"""Weights of a row unpacked at a time when several activation rows share them."""
+
+_WIDTHS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 2, 1)}
+"""Activation rows that pass together, by lanes: as many as their sums fit in registers."""
+
+
+def scratch_bytes(t: int) -> int:
+    """Scratch one thread needs for ``t`` activation rows."""
+    vector = 64
+    return _BATCH // 4 * vector + 2 * _BATCH // 16 * vector + t * vector
+
+
+def _const(value: int) -> Value:
+    return ir.Constant(i64, value)
+
+
+class _Kernel:
+    """Emits one kernel. The sums of row ``i`` live at ``totals + i * vector`` between batches."""
+
+    def __init__(self, module: ir.Module, name: str, qtype: QuantType, isa: InstructionSet) -> None:
+        self.qtype, self.isa = qtype, isa
+        function = ir.Function(module, SIGNATURE, name)
+        self.b = ir.IRBuilder(function.append_basic_block("entry"))
+        self.tile = Tile(self.b, isa.lanes, isa.native_half)
+        self.vector = 4 * isa.lanes
+        arguments, self.first, self.last, self.scratch = function.args
+        loaded = {
+            field: self.tile.load(self.tile.at(arguments, 8 * i), i64, 8)
+            for i, field in enumerate(ARGUMENTS)
+        }
+        self.weights, self.row_bytes, self.n, self.k = (loaded[f] for f in ARGUMENTS[:4])
+        self.x, self.records, self.t, self.y = (loaded[f] for f in ARGUMENTS[4:8])
+        self.y_stride, self.accumulate = (loaded[f] for f in ARGUMENTS[8:])
+        self.scales = self.tile.at(self.scratch, _BATCH // 4 * self.vector)
+        self.shifts = self.tile.at(self.scales, _BATCH // 16 * self.vector)
+        self.totals = self.tile.at(self.shifts, _BATCH // 16 * self.vector)
+
+    def emit(self) -> None:
+        b = self.b
+        float_weights = self.qtype not in UNPACKERS
+        with self.tile.loop(self.first, self.last) as index:
+            first_row = b.mul(index, _const(self.isa.lanes))
+            rows = self._row_addresses(first_row)
+            single = b.icmp_signed("==", self.t, _const(1))
+            with b.if_else(single) as (one, many):
+                with one:
+                    if float_weights:
+                        self._float_pass(rows, _const(0), 1)
+                    else:
+                        self._one_row(rows, UNPACKERS[self.qtype])
+                with many:
+                    if float_weights:
+                        self._by_width(_const(0), lambda t0, w: self._float_pass(rows, t0, w))
+                    else:
+                        self._many_rows(rows, UNPACKERS[self.qtype])
+            self._store_tile(first_row)
+        b.ret_void()
+
+    def _row_addresses(self, first_row: Value) -> list[Value]:
+        """Address of each lane's row; lanes past the last row repeat it."""
+        b = self.b
+        last = b.sub(self.n, _const(1))
+        rows = []
+        for lane in range(self.isa.lanes):
+            row = b.add(first_row, _const(lane))
+            row = b.select(b.icmp_signed("<", row, last), row, last)
+            rows.append(b.add(self.weights, b.mul(row, self.row_bytes)))
+        return rows
+
+    # One activation row
+
+    def _one_row(self, rows: Sequence[Value], unpacker: Unpacker) -> None:
+        b, tile = self.b, self.tile
+        total = tile.variable(tile.vec(f32), tile.zeros())
+        block = self.qtype.block_size
+        ahead = b.mul(self.row_bytes, _const(self.isa.lanes))
+        with tile.loop(_const(0), b.sdiv(self.k, _const(block))) as i:
+            here = b.mul(i, _const(self.qtype.block_bytes))
+            for row in rows:  # the next tile's block, into the cache while this one is computed
+                for line in range(0, self.qtype.block_bytes, 64):
+                    tile.prefetch(b.add(b.add(row, ahead), b.add(here, _const(line))))
+            start = b.mul(i, _const(block))
+            x = b.add(self.x, start)
+            record = b.add(self.records, start)  # 32 bytes for 32 activations
+            at = 0
+            for group in unpacker.unpack(tile, [b.add(row, here) for row in rows]):
+                sums = self._dots(unpacker, group.q, tile.at(x, at), tile.at(record, at & ~31), at)
+                b.store(
+                    self._scaled(unpacker, b.load(total), sums, group, tile.at(record, at & ~31), at),
+                    total,
+                )
+                at += unpacker.group
+        tile.store(b.load(total), self.totals, 4)
+
+    def _dots(
+        self, unpacker: Unpacker, q: Sequence[Value], x: Value, record: Value, at: int
+    ) -> Value:
+        """Integer sums of one group: Σ (q - offset) x."""
+        tile = self.tile
+        sums = tile.ints(0)
+        if unpacker.offset:
+            isum = tile.load(tile.at(record, 16 + 4 * self._part(unpacker, at)), i32, 4)
+            sums = tile.splat(self.b.mul(isum, ir.Constant(i32, -unpacker.offset)))
+        for j, weights in enumerate(q):
+            activations = tile.splat(tile.load(tile.at(x, 4 * j), i32))
+            sums = self.isa.dot(tile, sums, weights, activations, unpacker.largest)
+        return sums
+
+    def _scaled(
+        self, unpacker: Unpacker, total: Value, sums: Value, group: Group, record: Value, at: int
+    ) -> Value:
+        """total + scale · x_scale · sums + shift · Σx."""
+        tile, b = self.tile, self.b
+        scale = b.fmul(group.scale, tile.splat(tile.load(record, f32, 4)))
+        total = tile.fma(tile.to_float(sums), scale, total)
+        if group.shift is not None:
+            address = tile.at(record, 4 + 4 * self._part(unpacker, at))
+            total = tile.fma(group.shift, tile.splat(tile.load(address, f32, 4)), total)
+        return total
+
+    @staticmethod
+    def _part(unpacker: Unpacker, at: int) -> int:
+        """Which of a record's three sums belongs to the group at ``at``."""
+        return 0 if unpacker.group == 32 else 1 + at // 16 % 2
+
+    # Several activation rows
+
+    def _many_rows(self, rows: Sequence[Value], unpacker: Unpacker) -> None:
+        b, tile = self.b, self.tile
+        block = self.qtype.block_size
+        with tile.loop(_const(0), self.t) as i:
+            tile.store(tile.zeros(), self._total(i), 4)
+        with tile.loop(_const(0), self.k, _BATCH) as start:
+            left = b.sub(self.k, start)
+            count = b.select(b.icmp_signed("<", left, _const(_BATCH)), left, _const(_BATCH))
+            with tile.loop(_const(0), count, block) as inside:
+                blocks = b.sdiv(b.add(start, inside), _const(block))
+                here = b.mul(blocks, _const(self.qtype.block_bytes))
+                self._unpack_to_scratch(
+                    unpacker, [b.add(row, here) for row in rows], inside
+                )
+            groups = b.sdiv(count, _const(32))
+            self._by_width(
+                _const(0), lambda t0, width: self._pass(unpacker, t0, width, start, groups)
+            )
+
+    def _unpack_to_scratch(self, unpacker: Unpacker, rows: Sequence[Value], start: Value) -> None:
+        b, tile, vector = self.b, self.tile, self.vector
+        q_at = b.add(self.scratch, b.mul(start, _const(vector // 4)))
+        slot = b.mul(b.sdiv(start, _const(unpacker.group)), _const(vector))
+        scales, shifts = b.add(self.scales, slot), b.add(self.shifts, slot)
+        j = 0
+        for g, group in enumerate(unpacker.unpack(tile, rows)):
+            for v in group.q:
+                tile.store(v, tile.at(q_at, j * vector), 4)
+                j += 1
+            tile.store(group.scale, tile.at(scales, g * vector), 4)
+            if group.shift is not None:
+                tile.store(group.shift, tile.at(shifts, g * vector), 4)
+
+    def _pass(
+        self, unpacker: Unpacker, t0: Value, width: int, start: Value, groups: Value
+    ) -> None:
+        """Rows t0 … t0 + width - 1 over the unpacked batch."""
+        b, tile, vector = self.b, self.tile, self.vector
+        rows = [b.add(t0, _const(i)) for i in range(width)]
+        xs = [b.add(self.x, b.add(b.mul(row, self.k), start)) for row in rows]
+        records = [b.add(self.records, b.add(b.mul(row, self.k), start)) for row in rows]
+        totals = [
+            tile.variable(tile.vec(f32), tile.load(self._total(row), tile.vec(f32), 4))
+            for row in rows
+        ]
+        per_32 = 32 // unpacker.group
+        with tile.loop(_const(0), groups) as g:
+            here = b.mul(g, _const(32))
+            for part in range(per_32):
+                at = part * unpacker.group
+                sub = b.mul(b.add(b.mul(g, _const(per_32)), _const(part)), _const(vector))
+                group = Group(
+                    [],
+                    tile.load(b.add(self.scales, sub), tile.vec(f32), 4),
+                    tile.load(b.add(self.shifts, sub), tile.vec(f32), 4)
+                    if unpacker.has_shift
+                    else None,
+                )
+                q_at = b.add(self.scratch, b.mul(b.add(here, _const(at)), _const(vector // 4)))
+                q = [
+                    tile.load(tile.at(q_at, j * vector), tile.vec(i32), 4)
+                    for j in range(unpacker.group // 4)
+                ]
+                here_records = [b.add(r, here) for r in records]
+                sums = [
+                    self._dots(unpacker, q, tile.at(b.add(x, here), at), r, at)
+                    for x, r in zip(xs, here_records, strict=True)
+                ]
+                for total, s, r in zip(totals, sums, here_records, strict=True):
+                    b.store(self._scaled(unpacker, b.load(total), s, group, r, at), total)
+        for row, total in zip(rows, totals, strict=True):
+            tile.store(b.load(total), self._total(row), 4)
+
+    def _by_width(self, start: Value, emit: object) -> None:
+        """Cover all activation rows with passes of the widths that fit the registers."""
+        b, tile = self.b, self.tile
+        assert callable(emit)
+        for width in _WIDTHS[self.isa.lanes]:
+            whole = b.add(start, b.mul(b.sdiv(b.sub(self.t, start), _const(width)), _const(width)))
+            with tile.loop(start, whole, width) as t0:
+                emit(t0, width)
+            start = whole
+
+    # Float weights
+
+    def _float_pass(self, rows: Sequence[Value], t0: Value, width: int) -> None:
+        b, tile = self.b, self.tile
+        xs = [b.add(self.x, b.mul(b.add(t0, _const(i)), b.mul(self.k, _const(4)))) for i in range(width)]
+        totals = [tile.variable(tile.vec(f32), tile.zeros()) for _ in range(width)]
+        per_load = 16 // self.qtype.block_bytes
+        with tile.loop(_const(0), self.k, per_load) as at:
+            offset = b.mul(at, _const(self.qtype.block_bytes))
+            weights = self._as_floats(tile.dwords([b.add(row, offset) for row in rows], 0))
+            for x, total in zip(xs, totals, strict=True):
+                address = b.add(x, b.mul(at, _const(4)))
+                value = b.load(total)
+                for j, w in enumerate(weights):
+                    value = tile.fma(w, tile.splat(tile.load(tile.at(address, 4 * j), f32, 4)), value)
+                b.store(value, total)
+        for i, total in enumerate(totals):
+            tile.store(b.load(total), self._total(b.add(t0, _const(i))), 4)
+
+    def _as_floats(self, dwords: Sequence[Value]) -> list[Value]:
+        tile, b = self.tile, self.b
+        kind = tile.vec(f32)
+        if self.qtype is QuantType.F32:
+            return [b.bitcast(v, kind) for v in dwords]
+        if self.qtype is QuantType.F16:
+            return [tile.half(v, high) for v in dwords for high in (False, True)]
+        pairs = ((tile.shl(v, 16), tile.mask(v, 0xFFFF0000)) for v in dwords)
+        return [b.bitcast(bits, kind) for pair in pairs for bits in pair]
+
+    # Results
+
+    def _total(self, row: Value) -> Value:
+        return self.b.add(self.totals, self.b.mul(row, _const(self.vector)))
+
+    def _store_tile(self, first_row: Value) -> None:
+        """y[t, first_row …] = totals[t] (or +=), leaving out the lanes past the last row."""
+        b, tile, lanes = self.b, self.tile, self.isa.lanes
+        add = b.icmp_signed("!=", self.accumulate, _const(0))
+        full = b.icmp_signed("<=", b.add(first_row, _const(lanes)), self.n)
+        with tile.loop(_const(0), self.t) as i:
+            source = self._total(i)
+            target = b.add(self.y, b.add(b.mul(i, self.y_stride), b.mul(first_row, _const(4))))
+            with b.if_else(full) as (whole, partial):
+                with whole:
+                    old = b.select(add, tile.load(target, tile.vec(f32), 4), tile.zeros())
+                    tile.store(b.fadd(old, tile.load(source, tile.vec(f32), 4)), target, 4)
+                with partial, tile.loop(_const(0), b.sub(self.n, first_row)) as lane:
+                    here = b.mul(lane, _const(4))
+                    single = b.add(target, here)
+                    old = b.select(add, tile.load(single, f32, 4), ir.Constant(f32, 0.0))
+                    tile.store(b.fadd(old, tile.load(b.add(source, here), f32, 4)), single, 4)
+
+
+def kernel_name(qtype: QuantType) -> str:
+    return f"matmul_{qtype.name.lower()}"
+
+
+def build_module(qtype: QuantType, isa: InstructionSet) -> ir.Module:
+    """The IR of the kernel for one weight type on one instruction set."""
+    module = ir.Module(name=f"{kernel_name(qtype)}_{isa.name}")
+    _Kernel(module, kernel_name(qtype), qtype, isa).emit()
+    return module
