@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from gguf import GGMLQuantizationType
 from gguf import quants as gguf_quants
-
 from headrace.gguf.types import QuantType
 from headrace.gguf.writer import TensorSource, write_gguf
 
