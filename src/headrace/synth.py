@@ -101,7 +101,7 @@ def write_synthetic(
         **_hyperparameters(shape),
         **synthetic_tokenizer(shape.n_vocab, _PRE[shape.architecture]),
     }
-    write_gguf(path, metadata, _tensors(shape, RECIPES[recipe], seed), progress=progress)
+    write_gguf(path, metadata, synthetic_tensors(shape, RECIPES[recipe], seed), progress=progress)
 
 
 def synthetic_tokenizer(n_vocab: int, pre: str) -> dict[str, Any]:
@@ -192,7 +192,8 @@ def _tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tensors(shape: Shape, recipe: Recipe, seed: int) -> list[TensorSource]:
+def synthetic_tensors(shape: Shape, recipe: Recipe, seed: int) -> list[TensorSource]:
+    """Every tensor of the model, its weights made only when they are iterated."""
     n_gqa = shape.n_heads // shape.n_kv_heads
     sources = []
     for name, dims in _tensor_shapes(shape).items():
@@ -211,16 +212,30 @@ def _chunks(
     if name == "rope_freqs.weight":
         yield llama3_rope_factors(shape.head_dim, shape.rope_theta, shape.rope_factor or 1.0)
     elif name.endswith("norm.weight"):
-        yield 1 + 0.1 * rng.standard_normal(dims, np.float32)
+        yield _gain(shape, name) * (1 + 0.1 * rng.standard_normal(dims, np.float32))
     elif name.endswith(".bias"):
         yield 0.2 * rng.standard_normal(dims, np.float32)
     else:
-        gain = 1.0
-        if name.endswith("attn_q.weight"):
-            gain = 2.0  # attention that prefers some positions
-        elif name == "token_embd.weight" and shape.architecture == "gemma3":
-            gain = 0.5  # scaled by sqrt(d) and tied: a larger one would only repeat its input
-        yield from random_weights(rng, qtype, math.prod(dims), gain / math.sqrt(dims[-1]))
+        std = _gain(shape, name) / math.sqrt(dims[-1])
+        yield from random_weights(rng, qtype, math.prod(dims), std)
+
+
+_GAINS = {
+    "attn_q.weight": 2.0,  # attention that prefers some positions
+    "attn_q_norm.weight": 2.0,
+    # Attention is much the same from one token to the next, the feed-forward is not: were they
+    # equal, greedy decoding would repeat one token.
+    "attn_output.weight": 0.5,
+    "post_attention_norm.weight": 0.3,
+    "ffn_down.weight": 2.0,
+}
+
+
+def _gain(shape: Shape, name: str) -> float:
+    """The size of a tensor's output, for an input of size one."""
+    if name == "token_embd.weight" and shape.architecture == "gemma3":
+        return 0.3  # scaled by sqrt(d) and tied: a larger one would only repeat its input
+    return _GAINS.get(name.split(".", 2)[-1], 1.0)
 
 
 def llama3_rope_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.float32]:

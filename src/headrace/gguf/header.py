@@ -24,6 +24,10 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_KEY_BYTES = 65535
 MAX_TENSOR_NAME_BYTES = 64
+# Far above any real model; they keep the objects made for a huge hostile file few.
+MAX_TENSORS = 1 << 16
+MAX_KEYS = 1 << 16
+MAX_STRINGS = 1 << 22
 
 _MIN_KEY_RECORD = 8 + 4 + 1  # key length, value type, one-byte value
 _MIN_TENSOR_RECORD = 8 + 4 + 8 + 4 + 8  # name length, dimensions, one dimension, type, offset
@@ -109,8 +113,8 @@ class _HeaderParser:
 
     def parse(self) -> Header:
         version = self._magic_and_version()
-        n_tensors = self._count("tensor count", _MIN_TENSOR_RECORD)
-        n_keys = self._count("key count", _MIN_KEY_RECORD)
+        n_tensors = self._count("tensor count", _MIN_TENSOR_RECORD, MAX_TENSORS)
+        n_keys = self._count("key count", _MIN_KEY_RECORD, MAX_KEYS)
         metadata: dict[str, Any] = {}
         offsets: dict[str, int] = {}
         alignment = DEFAULT_ALIGNMENT
@@ -165,7 +169,7 @@ class _HeaderParser:
         if element is ValueType.ARRAY:
             self._fail("nested arrays are not supported", self.position - 4)
         if element is ValueType.STRING:
-            return self._strings(self._count("array length", 8))
+            return self._strings(self._count("array length", 8, MAX_STRINGS))
         dtype = np.dtype(SCALAR_FORMATS[element])
         length = self._count("array length", dtype.itemsize)
         values = np.frombuffer(self.buffer, dtype, length, self.position).copy()
@@ -283,10 +287,12 @@ class _HeaderParser:
     def _scalar(self, format: str) -> Any:
         return struct.unpack(format, self._take(struct.calcsize(format)))[0]
 
-    def _count(self, what: str, record_bytes: int) -> int:
+    def _count(self, what: str, record_bytes: int, limit: int = 1 << 64) -> int:
         """A count of records of at least ``record_bytes``, which the file must have room for."""
         count = int(self._scalar("<Q"))
         left = self.end - self.position
+        if count > limit:
+            self._fail(f"{what} {count} is above the limit of {limit}", self.position - 8)
         if count * record_bytes > left:
             self._fail(f"{what} {count} does not fit the {left} bytes left", self.position - 8)
         return count
