@@ -1,0 +1,248 @@
+"""Many completions at once over one runner: the loop behind generate, chat and the server.
+
+A step has three parts that know nothing of each other: the scheduler plans rows, the runner runs
+them, and each sequence samples its token and adds its text. Requests come and go between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence as TokenIds
+from dataclasses import replace
+
+import numpy as np
+
+from headrace.backend import Batch, Runner
+from headrace.engine.pages import PagePool
+from headrace.engine.request import FinishReason, Request
+from headrace.engine.scheduler import Chunk, Scheduler, pages_for
+from headrace.engine.sequence import Event, Sequence, Sink
+from headrace.errors import ContextOverflowError, DeviceError, HeadraceError, RequestError
+from headrace.sampling import Logits, check_integer
+from headrace.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT = 8192
+"""Positions of a context when none is asked for, unless the model's own is shorter."""
+
+
+class Engine:
+    """Runs requests on ``runner``, which belongs to the engine from here on.
+
+    context: most tokens of one sequence, prompt and answer. n_pages: KV pages for all sequences
+    together (default: one context's worth). max_sequences: most that run at once; the others wait.
+    chunk: most prompt rows in one step; chunk_beside: the same while other sequences generate.
+
+    :meth:`add`, :meth:`cancel` and :meth:`step` may be called from any thread; steps take turns.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        n_pages: int | None = None,
+        max_sequences: int = 16,
+        chunk: int = 256,
+        chunk_beside: int = 64,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        config = runner.decoder.config
+        self.n_vocab = config.n_vocab
+        self.context = choose_context(context, config.context_length)
+        n_pages = pages_for(self.context) if n_pages is None else n_pages
+        check_integer("n_pages", n_pages, pages_for(self.context), 2**31 - 1)
+        check_integer("max_sequences", max_sequences, 1, 2**16)
+        self.chunk = check_integer("chunk", chunk, 1, 2**20)
+        runner.allocate_cache(n_pages)
+        self.pool = PagePool(n_pages)
+        self.scheduler = Scheduler(
+            self.pool,
+            runner.copy_page,
+            self._fail,
+            max_pages=pages_for(self.context),
+            max_sequences=max_sequences,
+            chunk=chunk,
+            chunk_beside=check_integer("chunk_beside", chunk_beside, 1, 2**20),
+        )
+        self._lock = threading.Lock()  # over all but the two queues below
+        self._added: deque[Sequence] = deque()
+        self._cancelled: deque[Sequence] = deque()
+
+    def add(self, request: Request, sink: Sink) -> Sequence:
+        """Queue ``request``; its events go to ``sink``, the last one with a ``finish_reason``.
+
+        Raises RequestError or ContextOverflowError before anything is done.
+        """
+        max_tokens = request.checked_limit(self.n_vocab, self.context)
+        sequence = Sequence(request, max_tokens, self.tokenizer, sink)
+        self._added.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End ``sequence`` and free its pages: now, or when the step that is running ends."""
+        if not sequence.finished:
+            self._cancelled.append(sequence)
+            self._end_cancelled()
+
+    def step(self) -> bool:
+        """Run one step; False when there was nothing to run.
+
+        An error in it ends the sequences that cause it, with an ``"error"`` event, and no others.
+        """
+        with self._lock:
+            self._take_added()
+            chunks = self.scheduler.plan()
+            if chunks:
+                self._run(chunks)
+        self._end_cancelled()
+        return bool(chunks)
+
+    @property
+    def n_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._added)
+
+    def logits(self, tokens: TokenIds[int]) -> Logits:
+        """Logits after each of ``tokens``, float32 [len(tokens), n_vocab]; the cache is not used.
+
+        Raises RequestError for bad ids, ContextOverflowError when there are more than ``context``,
+        DeviceMemoryError when running sequences leave too few pages.
+        """
+        if not tokens:
+            raise RequestError("tokens is empty: give at least one")
+        if len(tokens) > self.context:
+            raise ContextOverflowError(
+                f"{len(tokens)} tokens do not fit the context of {self.context}: "
+                "give fewer, or load with a larger context"
+            )
+        ids = [check_integer("token", token, 0, self.n_vocab - 1) for token in tokens]
+        logits = np.empty((len(ids), self.n_vocab), np.float32)
+        pages: list[int] = []
+        with self._lock:
+            try:
+                while len(pages) < pages_for(len(ids)):
+                    pages.append(self.pool.allocate())
+                table = np.array([pages], np.int32)
+                for start in range(0, len(ids), self.chunk):
+                    some = np.array(ids[start : start + self.chunk], np.int32)
+                    rows = np.arange(len(some), dtype=np.int32)
+                    batch = Batch(some, rows + np.int32(start), np.zeros_like(rows), table, rows)
+                    logits[start : start + len(some)] = self.runner.step(batch)
+            finally:
+                for page in pages:
+                    self.pool.release(page)
+        return logits
+
+    def close(self) -> None:
+        """Cancel everything and release the device. Idempotent."""
+        with self._lock:
+            self._take_added()
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._finish(sequence, "cancelled")
+            self.runner.close()
+
+    def _take_added(self) -> None:
+        while self._added:
+            self.scheduler.add(self._added.popleft())
+
+    def _end_cancelled(self) -> None:
+        """Whoever holds the lock ends all that are cancelled, and looks again after releasing it:
+        so none is missed, and a canceller never waits for a step."""
+        while self._cancelled and self._lock.acquire(blocking=False):
+            try:
+                self._take_added()
+                while self._cancelled:
+                    sequence = self._cancelled.popleft()
+                    if not sequence.finished:
+                        self._finish(sequence, "cancelled")
+            finally:
+                self._lock.release()
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        """Run the chunks in one step; should it fail, one by one, to find whose fault it is.
+
+        A step writes the same keys and values each time it is run, so running it again is safe.
+        """
+        try:
+            logits = self.runner.step(self.scheduler.batch(chunks))
+        except Exception as error:
+            if len(chunks) == 1:
+                self._fail(chunks[0].sequence, error)
+                return
+            for chunk in chunks:
+                self._run([chunk])
+            return
+        rows = iter(logits)
+        for chunk in chunks:
+            wants_logits = chunk.wants_logits
+            self.scheduler.advance(chunk)
+            if wants_logits:
+                self._sample(chunk.sequence, next(rows))
+
+    def _sample(self, sequence: Sequence, logits: Logits) -> None:
+        """Choose the next token of ``sequence`` and tell its sink."""
+        try:
+            token, logprob = sequence.sampler.sample(logits, sequence.request.tokens)
+            sequence.clock.tick()
+            if sequence.ends_with(token):
+                self._finish(sequence, "stop")
+                return
+            event = Event(sequence, sequence.append(token, logprob), token, logprob)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        if sequence.stopped:
+            self._finish(sequence, "stop", event)
+        elif sequence.n_generated == sequence.max_tokens:
+            self._finish(sequence, "length", event)
+        else:
+            self._tell(event)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, last: Event | None = None) -> None:
+        """End ``sequence``, release its pages, and send what text was held back."""
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        last = last or Event(sequence)
+        self._tell(replace(last, text=last.text + sequence.flush(), finish_reason=reason))
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End ``sequence`` with ``error``; its part-full page is not trusted."""
+        if not isinstance(error, HeadraceError):
+            cause = error
+            error = DeviceError(f"{type(cause).__name__} in a step of the model: {cause}")
+            error.__cause__ = cause
+        self.scheduler.remove(sequence, keep=False)
+        sequence.finish_reason, sequence.error = "error", error
+        self._tell(Event(sequence, finish_reason="error", error=error))
+
+    def _tell(self, event: Event) -> None:
+        """Hand an event over. A sink that fails ends its own request, not the step."""
+        try:
+            event.sequence.sink(event)
+        except Exception:
+            logger.exception("the sink of a request failed; the request is cancelled")
+            event.sequence.sink = _ignore
+            self._cancelled.append(event.sequence)
+
+
+def choose_context(wanted: int | None, model_context: int) -> int:
+    """The context length to use: ``wanted``, or DEFAULT_CONTEXT or the model's if shorter.
+
+    RequestError when ``wanted`` is more than the model was made for.
+    """
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, model_context)
+    return check_integer("context", wanted, 1, model_context)
+
+
+def _ignore(event: Event) -> None:
+    """Takes the place of a sink that failed."""
