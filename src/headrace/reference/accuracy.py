@@ -178,11 +178,8 @@ class Accuracy:
                 (part.top1 >= TOP1_LIMIT, f"{name}: top-1 {part.top1:.2%} < {TOP1_LIMIT:.0%}"),
                 (gap < GAP_LIMIT, f"{name}: a disagreement with gap {gap:.3f} >= {GAP_LIMIT}"),
             ]
-        ratio = self.perplexity_ratio
-        limit = PERPLEXITY_LIMIT
-        checks.append(
-            (abs(ratio - 1) <= limit, f"perplexity ratio {ratio:.5f} not within {limit:.1%}")
-        )
+        off = abs(self.perplexity_ratio - 1)
+        checks.append((off <= PERPLEXITY_LIMIT, f"perplexity off by {off:.3%}"))
         return [message for met, message in checks if not met]
 
 
