@@ -5,13 +5,13 @@ over them. A single row (decode) uses the unpacked vectors straight from registe
 (prefill, batches) read them back from a scratch buffer that stays in the L1 cache. The sums are
 formed in the same order either way, so a row's result does not depend on its neighbours.
 
-Activations are int8 in groups of 32 with one float scale (see ``quantise_row`` in ``ops.py``), each
+Activations are int8 in groups of 16 with one float scale (see ``quantise_row`` in ``ops.py``), each
 group described by :data:`GROUP_RECORD`. Float weights (F32, F16, BF16) multiply float activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -21,25 +21,30 @@ from headrace.cpu.isa import InstructionSet
 from headrace.cpu.unpack import UNPACKERS, Group, Unpacker
 from headrace.gguf.types import QuantType
 
+GROUP = 16
+"""Activations that share a scale. Half llama.cpp's 32: about half the error (docs/decisions)."""
+
 GROUP_RECORD = np.dtype(
     [
         ("scale", np.float32),
-        ("sum", np.float32, 3),  # scale × (sum of 32, of the first 16, of the last 16)
-        ("isum", np.int32, 3),  # the same sums of the int8 values
-        ("unused", np.int32),
+        ("isum", np.int32),  # sum of the 16 int8 values
+        ("sum", np.float32),  # scale × isum
+        ("pair_sum", np.float32),  # sum of this group and its neighbour in 32
     ]
 )
-"""What a matmul needs to know of 32 activations besides their int8 values."""
+"""What a matmul needs to know of 16 activations besides their int8 values: as many bytes."""
 
 ARGUMENTS = ("weights", "row_bytes", "n", "k", "x", "records", "t", "y", "y_stride", "accumulate")
 """The int64 fields of a kernel's argument array; addresses and strides in bytes.
 
-weights: [n, row_bytes]; x: int8 [t, k] (float32 for float weights); records: [t, k/32];
+weights: [n, row_bytes]; x: int8 [t, k] (float32 for float weights); records: [t, k/16];
 y: float32, row stride ``y_stride``; accumulate: 1 to add to y instead of replacing it.
 """
 
 SIGNATURE = ir.FunctionType(ir.VoidType(), [i64, i64, i64, i64])
 """kernel(arguments, first tile, last tile + 1, scratch)."""
+
+_FIELD = {name: GROUP_RECORD.fields[name][1] for name in GROUP_RECORD.names}
 
 _BATCH = 256
 """Weights of a row unpacked at a time when several activation rows share them."""
@@ -125,47 +130,44 @@ class _Kernel:
                     tile.prefetch(b.add(b.add(row, ahead), b.add(here, _const(line))))
             start = b.mul(i, _const(block))
             x = b.add(self.x, start)
-            record = b.add(self.records, start)  # 32 bytes for 32 activations
+            records = b.add(self.records, start)  # 16 bytes for 16 activations
             at = 0
             for group in unpacker.unpack(tile, [b.add(row, here) for row in rows]):
-                sums = self._dots(unpacker, group.q, tile.at(x, at), tile.at(record, at & ~31), at)
-                b.store(
-                    self._scaled(unpacker, b.load(total), sums, group, tile.at(record, at & ~31), at),
-                    total,
-                )
+                here_x, here_records = tile.at(x, at), tile.at(records, at)
+                b.store(self._add_group(unpacker, b.load(total), group, here_x, here_records), total)
                 at += unpacker.group
         tile.store(b.load(total), self.totals, 4)
 
-    def _dots(
-        self, unpacker: Unpacker, q: Sequence[Value], x: Value, record: Value, at: int
+    def _add_group(
+        self, unpacker: Unpacker, total: Value, group: Group, x: Value, records: Value
     ) -> Value:
-        """Integer sums of one group: Σ (q - offset) x."""
+        """total + Σ weight · activation over one group of weights."""
+        tile, b = self.tile, self.b
+        product = None
+        for half in range(unpacker.group // GROUP):
+            record = tile.at(records, half * GROUP)
+            q = group.q[4 * half : 4 * half + 4]
+            sums = tile.to_float(self._dots(unpacker, q, tile.at(x, half * GROUP), record))
+            scale = tile.splat(tile.load(record, f32, 4))
+            product = b.fmul(sums, scale) if product is None else tile.fma(sums, scale, product)
+        total = tile.fma(product, group.scale, total)
+        if group.shift is not None:
+            field = "pair_sum" if unpacker.group == 32 else "sum"
+            x_sum = tile.load(tile.at(records, _FIELD[field]), f32, 4)
+            total = tile.fma(group.shift, tile.splat(x_sum), total)
+        return total
+
+    def _dots(self, unpacker: Unpacker, q: Sequence[Value], x: Value, record: Value) -> Value:
+        """Integer sums Σ (q - offset) x over 16 activations."""
         tile = self.tile
         sums = tile.ints(0)
         if unpacker.offset:
-            isum = tile.load(tile.at(record, 16 + 4 * self._part(unpacker, at)), i32, 4)
+            isum = tile.load(tile.at(record, _FIELD["isum"]), i32, 4)
             sums = tile.splat(self.b.mul(isum, ir.Constant(i32, -unpacker.offset)))
         for j, weights in enumerate(q):
             activations = tile.splat(tile.load(tile.at(x, 4 * j), i32))
             sums = self.isa.dot(tile, sums, weights, activations, unpacker.largest)
         return sums
-
-    def _scaled(
-        self, unpacker: Unpacker, total: Value, sums: Value, group: Group, record: Value, at: int
-    ) -> Value:
-        """total + scale · x_scale · sums + shift · Σx."""
-        tile, b = self.tile, self.b
-        scale = b.fmul(group.scale, tile.splat(tile.load(record, f32, 4)))
-        total = tile.fma(tile.to_float(sums), scale, total)
-        if group.shift is not None:
-            address = tile.at(record, 4 + 4 * self._part(unpacker, at))
-            total = tile.fma(group.shift, tile.splat(tile.load(address, f32, 4)), total)
-        return total
-
-    @staticmethod
-    def _part(unpacker: Unpacker, at: int) -> int:
-        """Which of a record's three sums belongs to the group at ``at``."""
-        return 0 if unpacker.group == 32 else 1 + at // 16 % 2
 
     # Several activation rows
 
@@ -183,7 +185,7 @@ class _Kernel:
                 self._unpack_to_scratch(
                     unpacker, [b.add(row, here) for row in rows], inside
                 )
-            groups = b.sdiv(count, _const(32))
+            groups = b.sdiv(count, _const(unpacker.group))
             self._by_width(
                 _const(0), lambda t0, width: self._pass(unpacker, t0, width, start, groups)
             )
@@ -214,38 +216,28 @@ class _Kernel:
             tile.variable(tile.vec(f32), tile.load(self._total(row), tile.vec(f32), 4))
             for row in rows
         ]
-        per_32 = 32 // unpacker.group
+        size = unpacker.group
         with tile.loop(_const(0), groups) as g:
-            here = b.mul(g, _const(32))
-            for part in range(per_32):
-                at = part * unpacker.group
-                sub = b.mul(b.add(b.mul(g, _const(per_32)), _const(part)), _const(vector))
-                group = Group(
-                    [],
-                    tile.load(b.add(self.scales, sub), tile.vec(f32), 4),
-                    tile.load(b.add(self.shifts, sub), tile.vec(f32), 4)
-                    if unpacker.has_shift
-                    else None,
+            here = b.mul(g, _const(size))
+            slot = b.mul(g, _const(vector))
+            q_at = b.add(self.scratch, b.mul(here, _const(vector // 4)))
+            shift = b.add(self.shifts, slot)
+            group = Group(
+                [tile.load(tile.at(q_at, j * vector), tile.vec(i32), 4) for j in range(size // 4)],
+                tile.load(b.add(self.scales, slot), tile.vec(f32), 4),
+                tile.load(shift, tile.vec(f32), 4) if unpacker.has_shift else None,
+            )
+            for x, r, total in zip(xs, records, totals, strict=True):
+                value = self._add_group(
+                    unpacker, b.load(total), group, b.add(x, here), b.add(r, here)
                 )
-                q_at = b.add(self.scratch, b.mul(b.add(here, _const(at)), _const(vector // 4)))
-                q = [
-                    tile.load(tile.at(q_at, j * vector), tile.vec(i32), 4)
-                    for j in range(unpacker.group // 4)
-                ]
-                here_records = [b.add(r, here) for r in records]
-                sums = [
-                    self._dots(unpacker, q, tile.at(b.add(x, here), at), r, at)
-                    for x, r in zip(xs, here_records, strict=True)
-                ]
-                for total, s, r in zip(totals, sums, here_records, strict=True):
-                    b.store(self._scaled(unpacker, b.load(total), s, group, r, at), total)
+                b.store(value, total)
         for row, total in zip(rows, totals, strict=True):
             tile.store(b.load(total), self._total(row), 4)
 
-    def _by_width(self, start: Value, emit: object) -> None:
+    def _by_width(self, start: Value, emit: Callable[[Value, int], None]) -> None:
         """Cover all activation rows with passes of the widths that fit the registers."""
         b, tile = self.b, self.tile
-        assert callable(emit)
         for width in _WIDTHS[self.isa.lanes]:
             whole = b.add(start, b.mul(b.sdiv(b.sub(self.t, start), _const(width)), _const(width)))
             with tile.loop(start, whole, width) as t0:

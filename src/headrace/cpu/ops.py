@@ -16,9 +16,11 @@ from headrace.cpu.intrinsics import float_bits, float_from_bits
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """What LLVM may do to vectorise: reorder sums. NaN and infinity keep their meaning."""
 
-compiled = nb.njit(
-    cache=True, nogil=True, fastmath=_FAST, error_model="numpy", boundscheck=False
-)
+_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
+
+compiled = nb.njit(fastmath=_FAST, **_OPTIONS)
+compiled_in_order = nb.njit(fastmath={"contract"}, **_OPTIONS)
+"""For formulas whose rounding errors cancel only as written."""
 
 
 @compiled
@@ -40,33 +42,30 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def quantise_row(x, q, records):  # type: ignore[no-untyped-def]
-    """x [n] to int8 in groups of 32: q = round(x / scale), scale = max|x| / 127.
+    """x [n] to int8 in groups of 16: q = round(x / scale), scale = max|x| / 127.
 
-    records: ``matmul.GROUP_RECORD`` [n / 32].
+    n: a multiple of 32; records: ``matmul.GROUP_RECORD`` [n / 16].
     """
-    for g in range(x.shape[0] // 32):
-        at = 32 * g
+    for g in range(x.shape[0] // 16):
+        at = 16 * g
         largest = np.float32(0.0)
-        for i in range(at, at + 32):
-            largest = max(largest, abs(x[i]))
-        scale = largest / np.float32(127.0)
-        inverse = np.float32(127.0) / largest if largest > 0 else np.float32(0.0)
-        first = np.int32(0)
-        last = np.int32(0)
-        for i in range(at, at + 32):
-            value = x[i] * inverse
-            q[i] = np.int8(value + math.copysign(np.float32(0.5), value))
         for i in range(at, at + 16):
-            first += np.int32(q[i])
-            last += np.int32(q[i + 16])
+            largest = max(largest, abs(x[i]))
+        inverse = np.float32(127.0) / largest if largest > 0 else np.float32(0.0)
+        isum = np.int32(0)
+        for i in range(at, at + 16):
+            value = x[i] * inverse
+            rounded = np.int32(value + math.copysign(np.float32(0.5), value))
+            q[i] = np.int8(rounded)
+            isum += rounded
         record = records[g]
-        record.scale = scale
-        record.sum[0] = scale * np.float32(first + last)
-        record.sum[1] = scale * np.float32(first)
-        record.sum[2] = scale * np.float32(last)
-        record.isum[0] = first + last
-        record.isum[1] = first
-        record.isum[2] = last
+        record.scale = largest / np.float32(127.0)
+        record.isum = isum
+        record.sum = record.scale * np.float32(isum)
+    for pair in range(0, x.shape[0] // 16, 2):
+        total = records[pair].sum + records[pair + 1].sum
+        records[pair].pair_sum = total
+        records[pair + 1].pair_sum = total
 
 
 @compiled
@@ -80,7 +79,7 @@ def rotate(head, cos, sin, interleaved):  # type: ignore[no-untyped-def]
         head[i * step + apart] = a * sin[i] + b * cos[i]
 
 
-@compiled
+@compiled_in_order
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x for x ≤ 0 or moderate x in float32, in a form LLVM vectorises. Error below 2 ulp.
 
@@ -117,7 +116,7 @@ def gelu_times(gate, up):  # type: ignore[no-untyped-def]
         gate[i] = g / (np.float32(1.0) + exp(-t)) * up[i]
 
 
-@compiled
+@compiled_in_order
 def half_bits(x):  # type: ignore[no-untyped-def]
     """A float32 as IEEE half bits, to nearest even; beyond ±65504 clamped, NaN kept."""
     bits = float_bits(x)

@@ -1,0 +1,258 @@
+"""The CPU backend: a decoder on packed, memory-mapped weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.backend import PAGE_SIZE, Batch
+from headrace.cpu import attend, isa, matmul
+from headrace.cpu.attention import SCORES, VALUES
+from headrace.cpu.compile import attention_library
+from headrace.cpu.plan import Plan
+from headrace.cpu.step import (
+    CLOSING,
+    COUNTER_STRIDE,
+    COUNTERS_PER_OPERATION,
+    FIRST,
+    LAST,
+    N_BLOCKS,
+    N_LOGIT_ROWS,
+    N_ROWS,
+    Cache,
+    Step,
+    run_step,
+    serve_steps,
+)
+from headrace.cpu.team import Team, default_threads
+from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.gguf.quants import dequantize
+from headrace.model.decoder import Decoder
+from headrace.model.operations import Embed, Head, Rope
+
+MAX_ROWS = 256
+"""Rows of one compiled call: enough to share each weight's unpacking; longer steps are split."""
+
+MAX_LOGIT_ROWS = 32
+"""Rows of one pass of the vocabulary matmul beside a full step."""
+
+
+class CPURunner:
+    """See :class:`headrace.backend.Runner`. ``threads`` defaults to the cores available.
+
+    ``instruction_set`` names one of ``isa.INSTRUCTION_SETS`` instead of the best one.
+    """
+
+    def __init__(
+        self, decoder: Decoder, threads: int | None = None, instruction_set: str | None = None
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise DeviceError(f"threads must be at least 1, not {threads}")
+        self.decoder = decoder
+        self._isa = isa.choose(instruction_set)
+        self._n_threads = threads or default_threads()
+        self._plan = Plan(decoder, self._isa, MAX_ROWS)
+        self._attention = attention_library(self._isa)
+        self._all_rows = np.arange(MAX_ROWS, dtype=np.int32)
+        self._inv_freq = [self._inverse_frequencies(rope) for rope in self._plan.ropes]
+        embed = next(o for o in decoder.operations if isinstance(o, Embed))
+        self._embedding, self._embedding_scale = decoder.weights[embed.weight], embed.scale
+        head = next(o for o in decoder.operations if isinstance(o, Head))
+        self._softcap, self._logit_scale = head.softcap, head.logit_scale
+        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
+        self._step = self._new_step(max_pages=1)
+        self._team: Team | None = None
+
+    @property
+    def device_name(self) -> str:
+        return f"CPU ({self._isa.name}, {self._n_threads} threads)"
+
+    def allocate_cache(self, n_pages: int) -> None:
+        self._stop_team()
+        c = self.decoder.config
+        page = attend.head_stride(c.head_dim) * PAGE_SIZE
+        shape = (c.n_layers, n_pages, c.n_kv_heads, page)
+        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
+        try:
+            # Zeros from the system: untouched pages take no memory.
+            self._cache = Cache(np.zeros(shape, np.uint16), np.zeros(shape, np.uint16))
+        except (MemoryError, ValueError) as error:
+            wanted = 4 * int(np.prod(shape, dtype=object))
+            raise DeviceMemoryError(
+                f"the KV cache of {n_pages} pages needs {wanted:,} bytes of memory, more than can "
+                "be had: ask for a shorter context or fewer sequences"
+            ) from error
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        logits = np.empty((len(batch.logit_rows), self.decoder.config.n_vocab), np.float32)
+        self._run(batch, logits, None)
+        if self._logit_scale != 1.0:
+            logits *= np.float32(self._logit_scale)
+        if self._softcap is not None:
+            np.tanh(logits / self._softcap, out=logits)
+            logits *= np.float32(self._softcap)
+        return logits
+
+    def hidden(self, batch: Batch) -> NDArray[np.float32]:
+        hidden = np.empty((len(batch.logit_rows), self.decoder.config.d_model), np.float32)
+        self._run(batch, None, hidden)
+        return hidden
+
+    def copy_page(self, source: int, target: int) -> None:
+        for part in self._cache:
+            part[:, target] = part[:, source]
+
+    def close(self) -> None:
+        self._stop_team()
+        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
+
+    # One step
+
+    def _run(
+        self,
+        batch: Batch,
+        logits: NDArray[np.float32] | None,
+        hidden: NDArray[np.float32] | None,
+    ) -> None:
+        """Rows in passes of MAX_ROWS, each pass's wanted rows straight into the result."""
+        n_pages = self._cache.keys.shape[1]
+        if n_pages == 0:
+            raise DeviceError("step: no KV cache; call allocate_cache first")
+        self._fit_page_table(batch.page_table.shape[1])
+        done = 0
+        for start in range(0, len(batch.tokens), MAX_ROWS):
+            stop = min(start + MAX_ROWS, len(batch.tokens))
+            inside = (batch.logit_rows >= start) & (batch.logit_rows < stop)
+            wanted = batch.logit_rows[inside] - np.int32(start)
+            self._begin_pass(batch, slice(start, stop))
+            layers = len(self._plan.operations) - 1
+            if logits is not None and 0 < len(wanted) <= MAX_LOGIT_ROWS:
+                self._run_head(wanted, logits[done : done + len(wanted)], first=0)
+            else:
+                self._run_operations(0, layers)
+                for at in range(0, len(wanted), MAX_LOGIT_ROWS):
+                    part = wanted[at : at + MAX_LOGIT_ROWS]
+                    to = slice(done + at, done + at + len(part))
+                    if logits is not None:
+                        self._run_head(part, logits[to], first=layers)
+                    elif hidden is not None:
+                        hidden[to] = self._normed(part)
+            done += len(wanted)
+
+    def _begin_pass(self, batch: Batch, rows: slice) -> None:
+        """Embeddings, positions, page tables and rotary angles of the pass's rows."""
+        step, buffers = self._step, self._plan.buffers
+        tokens, positions = batch.tokens[rows], batch.positions[rows]
+        slots = batch.slots[rows]
+        n, d = len(tokens), self.decoder.config.d_model
+        x = dequantize(self._embedding.data[tokens], self._embedding.qtype)
+        buffers.x[: n * d] = (x * np.float32(self._embedding_scale)).reshape(-1)
+        step.positions[:n] = positions
+        step.pages[:n, : batch.page_table.shape[1]] = batch.page_table[slots]
+        for i, (rope, frequencies) in enumerate(
+            zip(self._plan.ropes, self._inv_freq, strict=True)
+        ):
+            angles = positions[:, None] * frequencies
+            half = rope.dim // 2
+            buffers.cos[i, :n, :half] = rope.magnitude * np.cos(angles)
+            buffers.sin[i, :n, :half] = rope.magnitude * np.sin(angles)
+        blocks = _attention_blocks(slots)
+        step.blocks[: len(blocks)] = blocks
+        step.sizes[N_ROWS], step.sizes[N_BLOCKS] = n, len(blocks)
+        self._plan.matmuls["t"] = n
+
+    def _run_head(
+        self, rows: NDArray[np.int32], logits: NDArray[np.float32], first: int
+    ) -> None:
+        step, head = self._step, self._plan.matmuls[-1:]
+        step.logit_rows[: len(rows)] = rows
+        step.sizes[N_LOGIT_ROWS] = len(rows)
+        head["t"], head["y"] = len(rows), logits.ctypes.data
+        self._run_operations(first, len(self._plan.operations))
+
+    def _run_operations(self, first: int, last: int) -> None:
+        step = self._step
+        step.sizes[FIRST], step.sizes[LAST] = first, last
+        step.counters[:] = 0
+        team = self._started_team()
+        team.start_step()
+        run_step(0, team.n_threads, team.shared, *self._arguments())
+
+    def _arguments(self) -> tuple[Any, ...]:
+        plan = self._plan
+        return (
+            plan.operations, plan.matmuls, plan.buffers, self._cache, self._step, self._all_rows,
+        )  # fmt: skip
+
+    def _normed(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The final norm of rows of the residual stream."""
+        d = self.decoder.config.d_model
+        head = next(o for o in self.decoder.operations if isinstance(o, Head))
+        weight = self._plan.vector(head.norm.weight)
+        x = self._plan.buffers.x.reshape(-1, d)[rows]
+        scale = 1 / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + head.norm.eps)
+        return (x * scale * weight).astype(np.float32)
+
+    # Set-up
+
+    def _inverse_frequencies(self, rope: Rope) -> NDArray[np.float64]:
+        frequencies = rope.freq_scale * rope.base ** (-2.0 * np.arange(rope.dim // 2) / rope.dim)
+        if rope.freq_factors is not None:
+            frequencies = frequencies / self._plan.vector(rope.freq_factors)
+        return np.asarray(frequencies, np.float64)
+
+    def _new_step(self, max_pages: int) -> Step:
+        c = self.decoder.config
+        attention = 4 * attend.scratch_floats(
+            c.n_heads // c.n_kv_heads, attend.head_stride(c.head_dim)
+        )
+        scratch = max(attention, matmul.scratch_bytes(MAX_ROWS)) + 128
+        counters = len(self._plan.operations) * COUNTERS_PER_OPERATION * COUNTER_STRIDE
+        return Step(
+            sizes=np.zeros(6, np.int64),
+            positions=np.zeros(MAX_ROWS, np.int32),
+            pages=np.zeros((MAX_ROWS, max_pages), np.int32),
+            logit_rows=np.zeros(MAX_ROWS, np.int32),
+            blocks=np.zeros((MAX_ROWS, 2), np.int32),
+            counters=np.zeros(counters, np.int64),
+            scratch=np.zeros((self._n_threads, -(-scratch // 64) * 64), np.uint8),
+            attention_kernels=np.array(
+                [self._attention.address(SCORES), self._attention.address(VALUES)], np.int64
+            ),
+        )
+
+    def _fit_page_table(self, max_pages: int) -> None:
+        if max_pages > self._step.pages.shape[1]:
+            self._stop_team()
+            self._step = self._new_step(max_pages)
+
+    def _started_team(self) -> Team:
+        """The team, its members bound to the arrays of this moment."""
+        if self._team is None:
+            n_threads, arguments = self._n_threads, self._arguments()
+            self._step.sizes[CLOSING] = 0
+
+            def serve(member: int, shared: int, ticket: int) -> int:
+                return int(serve_steps(member, shared, ticket, n_threads, *arguments))
+
+            self._team = Team(n_threads, serve)
+        return self._team
+
+    def _stop_team(self) -> None:
+        if self._team is not None:
+            self._step.sizes[CLOSING] = 1
+            self._team.close()
+            self._team = None
+
+
+def _attention_blocks(slots: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """(first row, rows) of runs of one sequence, at most ROWS_PER_BLOCK long."""
+    edges = np.flatnonzero(np.diff(slots)) + 1
+    starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(slots)]
+    return [
+        (at, min(attend.ROWS_PER_BLOCK, stop - at))
+        for start, stop in zip(starts, stops, strict=True)
+        for at in range(start, stop, attend.ROWS_PER_BLOCK)
+    ]
