@@ -27,7 +27,7 @@ def read_config(source: Source) -> Config:
     n_kv_heads = source.integer("attention.head_count_kv", n_heads, high=MAX_HEADS)
     if n_heads % n_kv_heads:
         raise source.error(
-            "attention.head_count", f"{n_heads} is not a multiple of head_count_kv {n_kv_heads}"
+            "attention.head_count_kv", f"{n_kv_heads} does not divide head_count {n_heads}"
         )
     if source.value("attention.key_length") is None and d_model % n_heads:
         raise source.error(
@@ -64,11 +64,13 @@ def read_eps(source: Source) -> float:
     return source.number("attention.layer_norm_rms_epsilon", high=1.0)
 
 
-def read_rope(source: Source, config: Config, pairing: Pairing) -> Rope:
+def read_rope(
+    source: Source, config: Config, pairing: Pairing, default_base: float | None = 10_000.0
+) -> Rope:
     """The rotary embedding, with linear scaling where the file asks for it.
 
-    A missing base is 10,000 and a factor without a type means linear, as in llama.cpp. Raises
-    ModelError for other kinds of scaling (yarn, longrope, …).
+    A factor without a type means linear, as in llama.cpp. Raises ModelError for other kinds of
+    scaling (yarn, longrope, …), and for a missing base if there is no default.
     """
     dim = source.integer("rope.dimension_count", config.head_dim, high=config.head_dim)
     if dim % 2:
@@ -81,7 +83,7 @@ def read_rope(source: Source, config: Config, pairing: Pairing) -> Rope:
     legacy_factor = source.number("rope.scale_linear", 1.0)
     factor = source.number("rope.scaling.factor", legacy_factor)
     return Rope(
-        base=source.number("rope.freq_base", 10_000.0),
+        base=source.number("rope.freq_base", default_base),
         dim=dim,
         pairing=pairing,
         freq_scale=1.0 / factor if kind == "linear" else 1.0,

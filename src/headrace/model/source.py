@@ -26,6 +26,7 @@ _DESCRIPTIVE_KEYS = (
     "rope.scaling.finetuned",
     "attention.layer_norm_epsilon",
     "mask_token_id",
+    "use_parallel_residual",  # GPT-NeoX's; old Qwen files say true and mean nothing by it
 )
 
 # Keys of other variants, with the values at which they change nothing.
@@ -47,7 +48,6 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "pooling_type": (0,),
     "residual_scale": (0.0, 1.0),
     "rope.scaling.attn_factor": (0.0, 1.0),
-    "use_parallel_residual": (False,),
 }
 
 # Tensors of old converters that repeat what the metadata says (rotary inverse frequencies).

@@ -5,7 +5,9 @@ Slow and obvious. Every other backend is tested against it; activations are neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,14 +72,14 @@ class ReferenceRunner:
         c = self.decoder.config
         shape = (c.n_layers, 2, n_pages, PAGE_SIZE, c.n_kv_heads, c.head_dim)
         self._cache = None
-        try:
-            self._cache = np.zeros(shape, self._dtype)
-        except MemoryError as error:
-            wanted = int(np.prod(shape, dtype=object)) * self._dtype.itemsize
+        wanted = math.prod(shape) * self._dtype.itemsize
+        free = _free_bytes()
+        if free is not None and wanted > free:
             raise DeviceMemoryError(
-                f"KV cache of {n_pages} pages needs {wanted:,} bytes of host memory, which are not "
-                "free: ask for a shorter context"
-            ) from error
+                f"KV cache of {n_pages:,} pages: {wanted:,} bytes wanted, {free:,} free; "
+                "ask for a shorter context"
+            )
+        self._cache = np.zeros(shape, self._dtype)
 
     def copy_page(self, source: int, target: int) -> None:
         cache = self._allocated()
@@ -213,3 +215,13 @@ class ReferenceRunner:
             used = batch.page_table[slot, : page_index[batch.slots == slot].max() + 1]
             if used.min() < 0 or used.max() >= n_pages:
                 raise DeviceError(f"step: slot {slot} uses a page outside 0 … {n_pages - 1}")
+
+
+def _free_bytes() -> int | None:
+    """Host memory that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((n * 1024 for n in kib), None)

@@ -39,7 +39,7 @@ _27B_LAYERS = 62
 def gemma3(source: Source) -> tuple[Config, list[Operation]]:
     c = read_config(source)
     eps = read_eps(source)
-    global_rope = read_rope(source, c, Pairing.HALF)
+    global_rope = read_rope(source, c, Pairing.HALF, default_base=None)
     # Files hold neither the local base nor, mostly, the pattern: the defaults are the paper's.
     local_base = source.number("rope.freq_base_swa", 10_000.0)
     local_rope = Rope(local_base, global_rope.dim, Pairing.HALF)
