@@ -147,7 +147,7 @@ class Engine:
         with self._lock:
             self._take_added()
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-                self._finish(sequence, "cancelled")
+                self._finish(sequence, "cancelled", Event(sequence))
             self.runner.close()
 
     def _take_added(self) -> None:
@@ -163,7 +163,7 @@ class Engine:
                 while self._cancelled:
                     sequence = self._cancelled.popleft()
                     if not sequence.finished:
-                        self._finish(sequence, "cancelled")
+                        self._finish(sequence, "cancelled", Event(sequence))
             finally:
                 self._lock.release()
 
@@ -193,25 +193,23 @@ class Engine:
         try:
             token, logprob = sequence.sampler.sample(logits, sequence.request.tokens)
             sequence.clock.tick()
-            if sequence.ends_with(token):
-                self._finish(sequence, "stop")
-                return
-            event = Event(sequence, sequence.append(token, logprob), token, logprob)
+            ends = sequence.ends_with(token)
+            text = "" if ends else sequence.append(token, logprob)
         except Exception as error:
             self._fail(sequence, error)
             return
-        if sequence.stopped:
+        event = Event(sequence) if ends else Event(sequence, text, token, logprob)
+        if ends or sequence.stopped:
             self._finish(sequence, "stop", event)
         elif sequence.n_generated == sequence.max_tokens:
             self._finish(sequence, "length", event)
         else:
             self._tell(event)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, last: Event | None = None) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, last: Event) -> None:
         """End ``sequence``, release its pages, and send what text was held back."""
         self.scheduler.remove(sequence)
         sequence.finish_reason = reason
-        last = last or Event(sequence)
         self._tell(replace(last, text=last.text + sequence.flush(), finish_reason=reason))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:

@@ -90,6 +90,8 @@ class Scheduler:
         while budget and self.waiting and self.n_preempted == n_preempted:
             if (admitted := self._admit()) is None:
                 break
+            if admitted.finished:  # copying a page for it failed
+                continue
             n_rows = min(admitted.n_pending, budget)
             budget -= n_rows
             chunks.append(Chunk(admitted, n_rows))
@@ -180,20 +182,18 @@ class Scheduler:
             self._append_page(sequence, slot, page)
         sequence.clock.started = sequence.clock.started or time.perf_counter()
         sequence.advance(len(match.pages) * PAGE_SIZE, self.pool)
-        if source is not None and not self._continue_copy(sequence, source, match.n_partial):
-            return None
+        if source is not None:
+            self._continue_copy(sequence, source, match.n_partial)
         if sequence.n_cached is None:  # what was found the first time, if it was ever preempted
             sequence.n_cached = sequence.n_computed
         return sequence
 
-    def _continue_copy(self, sequence: Sequence, source: int, n_known: int) -> bool:
-        """Copy ``source`` into the sequence's next page; False if that failed the sequence."""
+    def _continue_copy(self, sequence: Sequence, source: int, n_known: int) -> None:
+        """Copy ``source``, known in part, into the sequence's next page; fails it if that does."""
         try:
             self._copy_page(source, sequence.pages[sequence.n_computed // PAGE_SIZE])
+            sequence.advance(n_known, self.pool)
         except Exception as error:
             self._fail(sequence, error)
-            return False
         finally:
             self.pool.release(source)
-        sequence.advance(n_known, self.pool)
-        return True
