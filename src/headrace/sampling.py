@@ -306,7 +306,7 @@ def draw(logits: Logits, ids: NDArray[np.intp] | None, temperature: float, u: fl
 def first_reaching(weights: Logits, target: float) -> int:
     """The first index whose running sum (float64) is at least ``target``, of non-zero weight.
 
-    When rounding leaves the whole sum short of it, the last index of non-zero weight.
+    When rounding leaves the whole sum short of it, the last index that adds to the sum.
     """
     whole = len(weights) // _BLOCK * _BLOCK
     sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
