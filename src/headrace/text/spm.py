@@ -69,7 +69,7 @@ def _model_proto(vocabulary: Vocabulary, scores: NDArray[np.float32]) -> bytes:
     tails = [b"\x18" + bytes([kinds.get(TokenType(t), _CONTROL)]) for t in range(len(TokenType))]
     parts = []
     for i, text in enumerate(tokens):
-        name = text.encode() or b"\0empty %d" % i  # the library refuses empty pieces
+        name = text.encode() or b"\x01empty %d" % i  # the library refuses empty pieces
         tail = tails[types[i]] if i != unknown else b"\x18" + bytes([_UNKNOWN])
         if not text:
             tail = tails[TokenType.CONTROL]

@@ -60,8 +60,8 @@ class ChatTemplate:
         if not sources:
             raise TemplateError(
                 f"the file has no chat template ({_KEY}): it is probably a base model, not one "
-                "tuned for chat. Give it a plain prompt instead (generate, headrace run --raw), or "
-                "an instruction-tuned model"
+                "tuned for chat. Give it a plain prompt to continue instead (generate), or take an "
+                "instruction-tuned model"
             )
         if "default" not in sources and len(sources) == 1:
             sources["default"] = next(iter(sources.values()))
