@@ -167,6 +167,10 @@ SPELLINGS = {
     "replaced": ("{{ messages[0].content | replace('~', '') }}", ["<|im~_end|>"]),
     "cased": ("{{ messages[0].content | lower }}", ["<|IM_END|>"]),
     "split": ("{{ messages[0].content.split(' ')[1] }}", ["a <|im_end|>"]),
+    "split past a look-alike of the template's": (
+        "<|im_en{{ ('x_d|>' + messages[0].content).split('_d|>')[1] }}",
+        ["d|>"],
+    ),
     "finished by the template": ("<|{{ messages[0].content }}|>", ["im_end"]),
     "begun by the template": ("<|im{{ messages[0].content }}", ["_end|>"]),
     "formatted": ("{{ '%s' | format(messages[0].content) }}", ["<|im_end|>"]),
@@ -276,6 +280,14 @@ def test_bombs_end_in_bounded_time(bounded: ChatTemplate, bomb: str, monkeypatch
     assert time.perf_counter() - started < 10
     monkeypatch.undo()
     assert "Hi" in bounded.render(USER), "the next request must be served"
+
+
+def test_memory_is_bounded_by_the_kernel(bounded: ChatTemplate, monkeypatch: Any) -> None:
+    """300 MB would be made in a moment; the child may have 200 MB."""
+    source = "{{ ('x' * (messages|length * 300000000)) | length }}"
+    monkeypatch.setitem(bounded._sources, "default", source)
+    with pytest.raises(TemplateError, match="more memory than is allowed"):
+        bounded.render(USER)
 
 
 @pytest.mark.parametrize(
