@@ -1,0 +1,165 @@
+"""The CUDA kernels as C++ on the CPU: the executor's device in tests, and under AddressSanitizer.
+
+Device memory is NumPy memory, poisoned with 0xFF bytes (NaN) when allocated. A launch runs at once;
+``seed`` orders the threads (kernels/host_primitives.hpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.cuda.compile import Specialisation, host_library
+from headrace.cuda.device import Counters, DeviceArray, Graph, Launch
+from headrace.errors import DeviceError, DeviceMemoryError
+
+
+class HostGraph:
+    def __init__(self, device: HostDevice, steps: list[Callable[[], None]]) -> None:
+        self._device, self._steps = device, steps
+
+    def launch(self) -> None:
+        self._device.counters.graph_launches += 1
+        for step in self._steps:
+            step()
+
+    def close(self) -> None:
+        self._steps = []
+
+
+class HostDevice:
+    """See :class:`headrace.cuda.device.Device`. ``memory_limit`` makes running out testable."""
+
+    def __init__(
+        self, arch: int = 90, sm_count: int = 3, seed: int = 1, memory_limit: int = 1 << 32
+    ) -> None:
+        self.arch, self.sm_count, self.seed = arch, sm_count, seed
+        self.shared_limit = {75: 64 << 10, 80: 163 << 10}.get(arch, 227 << 10)
+        self.counters = Counters()
+        self.sanitise = bool(os.environ.get("HEADRACE_SANITISE"))
+        self._limit = memory_limit
+        self._memory: dict[int, NDArray[np.uint8]] = {}
+        self._libraries: dict[Specialisation, ctypes.CDLL] = {}
+        self._recording: list[Callable[[], None]] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"host build of sm_{self.arch}"
+
+    def free_bytes(self) -> int:
+        return self._limit - sum(block.size for block in self._memory.values())
+
+    def allocate(self, n_bytes: int, purpose: str) -> int:
+        free = self.free_bytes()
+        if n_bytes > free:
+            raise DeviceMemoryError(f"{purpose}: {n_bytes:,} bytes wanted, {free:,} free")
+        block = np.full(n_bytes + 256, 0xFF, np.uint8)
+        address = -(-block.ctypes.data // 256) * 256
+        self._memory[address] = block
+        return address
+
+    def free(self, address: int) -> None:
+        del self._memory[address]
+
+    def allocate_pinned(self, n_bytes: int) -> tuple[int, NDArray[np.uint8]]:
+        address = self.allocate(n_bytes, "pinned")
+        view = self._view(address, n_bytes)
+        view[:] = 0
+        return address, view
+
+    @staticmethod
+    def _view(address: int, n_bytes: int) -> NDArray[np.uint8]:
+        return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+
+    def _do(self, step: Callable[[], None]) -> None:
+        if self._recording is None:
+            step()
+        else:
+            self._recording.append(step)
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self.counters.bytes_to_device += flat.size
+        self._view(address, flat.size)[:] = flat
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        self.counters.bytes_to_host += array.n_bytes
+        self.counters.synchronisations += 1
+        raw = self._view(array.address, array.n_bytes).copy()
+        return raw.view(array.dtype).reshape(array.shape)
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        def step() -> None:
+            ctypes.memmove(target, source, n_bytes)
+
+        self._do(step)
+
+    def clear(self, address: int, n_bytes: int) -> None:
+        def step() -> None:
+            ctypes.memset(address, 0, n_bytes)
+
+        self._do(step)
+
+    def prepare(self, specs: Iterable[Specialisation]) -> None:
+        missing = [spec for spec in dict.fromkeys(specs) if spec not in self._libraries]
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            paths = pool.map(lambda s: host_library(s, self.arch, sanitise=self.sanitise), missing)
+            for spec, path in zip(missing, paths, strict=True):
+                library = ctypes.CDLL(str(path))
+                library.host_args_size.restype = ctypes.c_size_t
+                library.host_launch.restype = ctypes.c_char_p
+                library.host_launch.argtypes = [
+                    ctypes.c_void_p,
+                    *[ctypes.c_uint32] * 5,
+                    ctypes.c_uint64,
+                ]
+                self._libraries[spec] = library
+
+    def launch(self, launch: Launch) -> None:
+        if launch.spec not in self._libraries:
+            self.prepare([launch.spec])
+        library = self._libraries[launch.spec]
+        expected = library.host_args_size()
+        if expected != ctypes.sizeof(launch.arguments):
+            raise DeviceError(
+                f"{launch.spec.name}: arguments of {ctypes.sizeof(launch.arguments)} bytes for a "
+                f"kernel that takes {expected}"
+            )
+        if launch.shared_bytes > self.shared_limit:
+            raise DeviceError(f"{launch.spec.name}: {launch.shared_bytes:,} bytes of shared memory")
+
+        def run() -> None:
+            self.seed += 1
+            fault = library.host_launch(
+                ctypes.addressof(launch.arguments),
+                *launch.grid,
+                launch.threads,
+                launch.shared_bytes,
+                self.seed,
+            )
+            if fault:
+                raise DeviceError(f"{launch.spec.name} {launch.grid}: {fault.decode()}")
+
+        if self._recording is None:
+            self.counters.kernel_launches += 1
+        self._do(run)
+
+    def capture(self, record: Callable[[], None]) -> Graph:
+        self._recording = []
+        try:
+            record()
+            return HostGraph(self, self._recording)
+        finally:
+            self._recording = None
+
+    def synchronise(self) -> None:
+        self.counters.synchronisations += 1
+
+    def close(self) -> None:
+        self._memory.clear()

@@ -1,0 +1,271 @@
+// y = W x on packed blocks, for up to three matrices that share x, with the norm before it and what
+// follows it (EPILOGUE) in the same kernel. A tile stream: each warp copies 4 × 1,024 tiles of the
+// block's rows into its own ring, asynchronously and ahead, and reduces them against x in shared
+// memory. The first tiles are requested before the previous kernel has ended.
+//
+// RMSNorm is a scalar here: the producer of x stored x∘gain, and Σx²; y is multiplied by 1/rms.
+// Integer dots, and sums in an order that depends neither on the grid nor on ROWS: a row's result is
+// bit-equal whoever travels with it.
+//
+// Macros: ARCH; K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
+// output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
+// are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
+// PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
+#include "activations.cuh"
+#include "blocks.cuh"
+#include "epilogues.cuh"
+
+template <int TYPE, int N> struct Segment {
+  using T = Tiles<TYPE, K>;
+  static constexpr int ROWS_PADDED = (N + 15) / 16 * 16, GROUP_BYTES = T::GROUP_BYTES, MAX_BYTES = T::MAX_BYTES;
+  static DEVICE const u8* tile(const u8* weights, int group, int slice) { return weights + T::offset(group, slice); }
+  static DEVICE u32 bytes(int slice) { return T::bytes(slice); }
+};
+template <int N> struct Segment<NONE, N> {
+  static constexpr int ROWS_PADDED = 0, GROUP_BYTES = 0, MAX_BYTES = 0;
+  static DEVICE const u8* tile(const u8*, int, int) { return nullptr; }
+  static DEVICE u32 bytes(int) { return 0; }
+};
+using S0 = Segment<TYPE0, N0>;
+using S1 = Segment<TYPE1, N1>;
+using S2 = Segment<TYPE2, N2>;
+
+constexpr int SLICES = (K + TILE_COLUMNS - 1) / TILE_COLUMNS, PITCH = SLICES | 1;
+constexpr int UNIT_GROUPS = UNIT_ROWS / TILE_ROWS * (PAIRED ? 2 : 1);
+constexpr int PASS_GROUPS = PASS_UNITS * UNIT_GROUPS;
+constexpr int STAGE_BYTES = larger(S0::MAX_BYTES, larger(S1::MAX_BYTES, S2::MAX_BYTES));
+
+constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 15) / 16 * 16;
+constexpr int X_BYTES = FLOAT_ACTIVATIONS ? ROWS * K * 4 : ROWS * padded(K) / GROUP * 24;
+constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
+constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
+
+// The first unit of block b, so that blocks read equally many bytes.
+DEVICE int first_unit(u32 b) {
+  constexpr u64 unit = UNIT_ROWS / TILE_ROWS;
+  constexpr int units0 = S0::ROWS_PADDED / UNIT_ROWS, units1 = S1::ROWS_PADDED / UNIT_ROWS, units2 = S2::ROWS_PADDED / UNIT_ROWS;
+  if constexpr (PAIRED || TYPE1 == NONE) return (int)(((u64)units0 * b + GRID - 1) / GRID);
+  else {
+    constexpr u64 cost0 = units0 * unit * S0::GROUP_BYTES, cost1 = units1 * unit * S1::GROUP_BYTES;
+    u64 target = (cost0 + cost1 + units2 * unit * S2::GROUP_BYTES) * b / GRID;
+    auto units = [](u64 bytes, u64 each) { return (int)((bytes + each - 1) / each); };
+    if (target <= cost0) return units(target, unit * S0::GROUP_BYTES);
+    target -= cost0;
+    if (TYPE2 == NONE || target <= cost1) return units0 + units(target, unit * S1::GROUP_BYTES);
+    return units0 + units1 + units(target - cost1, unit * larger(S2::GROUP_BYTES, 1));
+  }
+}
+
+struct Place { int segment, group, slice; };
+
+// Tile t of a block that starts at `first`.
+DEVICE Place place(int first, int t) {
+  const int g = t / SLICES, slice = t % SLICES;
+  if (PAIRED) {
+    constexpr int half = UNIT_ROWS / TILE_ROWS;
+    const int in_unit = g % (2 * half);
+    return {in_unit >= half, (first + g / (2 * half)) * half + in_unit % half, slice};
+  }
+  const int group = first * (UNIT_ROWS / TILE_ROWS) + g;
+  constexpr int groups0 = S0::ROWS_PADDED / TILE_ROWS, groups1 = S1::ROWS_PADDED / TILE_ROWS;
+  if (TYPE1 == NONE || group < groups0) return {0, group, slice};
+  if (TYPE2 == NONE || group < groups0 + groups1) return {1, group - groups0, slice};
+  return {2, group - groups0 - groups1, slice};
+}
+
+struct X {
+  const int4* quants;
+  const float2* scales;
+  const float* values;
+};
+
+// sum[t × 4 + r] += this lane's share of tile row r against row t of x.
+template <int TYPE, class R> DEVICE void dot_tile(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
+  if constexpr (TYPE != NONE) {
+    using B = Block<TYPE>;
+    const int lane = threadIdx.x & 31, blocks = Tiles<TYPE, K>::blocks(slice);
+    const bool active = B::block(lane) < blocks;
+    const int a = slice * (TILE_COLUMNS / GROUP) + B::group_a(lane), b = slice * (TILE_COLUMNS / GROUP) + B::group_b(lane);
+    if constexpr (FLOAT_ACTIVATIONS) {
+      const u8* tile = ring.wait();
+      if (!active) return;
+#pragma unroll
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        float w[32];
+        lane_values<TYPE>(w, tile, blocks, r, lane);
+#pragma unroll
+        for (int t = 0; t < ROWS; ++t) {
+          const float4* xa = (const float4*)(x.values + t * K + a * GROUP);
+          const float4* xb = (const float4*)(x.values + t * K + b * GROUP);
+          float s = 0.f;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float4 v = i < 4 ? xa[i] : xb[i - 4];
+            s = fmaf(w[4 * i], v.x, s); s = fmaf(w[4 * i + 1], v.y, s);
+            s = fmaf(w[4 * i + 2], v.z, s); s = fmaf(w[4 * i + 3], v.w, s);
+          }
+          sum[t * TILE_ROWS + r] = s;
+        }
+      }
+    } else {
+      int4 xa = {}, xb = {};
+      float2 sa = {}, sb = {};
+      auto load = [&](int t) {
+        xa = x.quants[t * (padded(K) / GROUP) + quant_slot(a)];
+        xb = x.quants[t * (padded(K) / GROUP) + quant_slot(b)];
+        sa = x.scales[t * (padded(K) / GROUP) + scale_slot(a)];
+        sb = x.scales[t * (padded(K) / GROUP) + scale_slot(b)];
+      };
+      if (ROWS == 1 && active) load(0);
+      const u8* tile = ring.wait();
+      if (!active) return;
+      auto dot = [&](const Share& s) {
+        int da = dp4a(s.a[0], xa.x, 0), db = dp4a(s.b[0], xb.x, 0);
+        da = dp4a(s.a[1], xa.y, da); db = dp4a(s.b[1], xb.y, db);
+        da = dp4a(s.a[2], xa.z, da); db = dp4a(s.b[2], xb.z, db);
+        da = dp4a(s.a[3], xa.w, da); db = dp4a(s.b[3], xb.w, db);
+        float v = (s.wa.x * sa.x) * (float)da;
+        v = fmaf(s.wb.x * sb.x, (float)db, v);
+        v = fmaf(s.wa.y, sa.y, v);
+        return fmaf(s.wb.y, sb.y, v);
+      };
+      if constexpr (ROWS == 1) {
+#pragma unroll
+        for (int r = 0; r < TILE_ROWS; ++r) {
+          Share s;
+          B::unpack(s, tile, blocks, r * blocks + B::block(lane), lane & 7);
+          sum[r] = dot(s);
+        }
+      } else {
+        Share s[TILE_ROWS];
+#pragma unroll
+        for (int r = 0; r < TILE_ROWS; ++r) B::unpack(s[r], tile, blocks, r * blocks + B::block(lane), lane & 7);
+#pragma unroll
+        for (int t = 0; t < ROWS; ++t) {
+          load(t);
+#pragma unroll
+          for (int r = 0; r < TILE_ROWS; ++r) sum[t * TILE_ROWS + r] = dot(s[r]);
+        }
+      }
+    }
+  }
+}
+
+struct MatvecArgs {
+  const u8* weights[3];
+  const float* bias[3];
+  Rows in;               // x
+  const float* in_gain;  // the norm's weight, for float activations only
+  Epilogue out;
+  int n_rows;            // of x
+};
+
+// x of this block's rows into shared memory, and 1/rms of each.
+DEVICE void load_x(const MatvecArgs& a, int first_row, int rows, u8* shared, float* inverse_rms) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (NORM) {
+    const int t = WARPS - 1 - warp;  // the last warps: the first are busy with x
+    if (t < rows) {
+      const float* squares = a.in.row<K>(first_row + t).squares;
+      float s = 0.f;
+#pragma unroll 8
+      for (int i = lane; i < K / GROUP; i += 32) s += load_fresh(squares + i);
+      s = warp_sum(s);
+      if (lane == 0) inverse_rms[t] = rsqrtf(s * (1.f / K) + EPS);
+    }
+  }
+  for (int t = 0; t < rows; ++t) {
+    const Row row = a.in.row<K>(first_row + t);
+    if constexpr (FLOAT_ACTIVATIONS) {
+      float* x = (float*)shared + t * K;
+      for (int i = threadIdx.x; i < K; i += WARPS * 32) x[i] = load_fresh(row.values + i) * (NORM ? a.in_gain[i] : 1.f);
+    } else {
+      constexpr int N = padded(K) / GROUP;
+      int4* quants = (int4*)shared + t * N;
+      int4* scales = (int4*)(shared + ROWS * N * 16) + t * (N / 2);
+      for (int i = threadIdx.x; i < N + N / 2; i += WARPS * 32) {
+        if (i < N) quants[i] = load_fresh(row.quants + i);
+        else scales[i - N] = load_fresh((const int4*)row.scales + i - N);
+      }
+    }
+  }
+}
+
+KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
+  DYNAMIC_SHARED(shared);
+  u8* const x_memory = shared + RING_BYTES + BARRIER_BYTES;
+  float* const partial = (float*)(x_memory + X_BYTES);
+  float* const inverse_rms = partial + PARTIAL_BYTES / 4;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int first = first_unit(blockIdx.x), last = first_unit(blockIdx.x + 1);
+  const int tiles = (last - first) * UNIT_GROUPS * SLICES;
+
+  Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES);
+  auto request = [&](int stage, int t) {
+    if (t >= tiles) return ring.request(stage, nullptr, 0);
+    const Place p = place(first, t);
+    if (p.segment == 0) ring.request(stage, S0::tile(a.weights[0], p.group, p.slice), S0::bytes(p.slice));
+    else if (p.segment == 1) ring.request(stage, S1::tile(a.weights[1], p.group, p.slice), S1::bytes(p.slice));
+    else ring.request(stage, S2::tile(a.weights[2], p.group, p.slice), S2::bytes(p.slice));
+  };
+  for (int s = 0; s < STAGES; ++s) request(s, warp + s * WARPS);
+
+  dependents_launch();
+  dependency_wait();
+  const int first_row = blockIdx.y * ROWS, rows = min(ROWS, a.n_rows - first_row);
+  load_x(a, first_row, rows, x_memory, inverse_rms);
+  sync_block();
+  const X x = {(const int4*)x_memory, (const float2*)(x_memory + ROWS * padded(K)), (const float*)x_memory};
+
+  int t = warp;
+  for (int unit = first; unit < last; unit += PASS_UNITS) {
+    const int units = min(PASS_UNITS, last - unit), base = (unit - first) * UNIT_GROUPS;
+    for (const int end = (base + units * UNIT_GROUPS) * SLICES; t < end; t += WARPS) {
+      const Place p = place(first, t);
+      float sum[ROWS * TILE_ROWS] = {};
+      const int s = p.segment;  // one copy of the code for each type, not for each matrix
+      if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_tile<TYPE0>(sum, ring, x, p.slice);
+      else if (s == 1 || TYPE2 == TYPE1) dot_tile<TYPE1>(sum, ring, x, p.slice);
+      else dot_tile<TYPE2>(sum, ring, x, p.slice);
+      sync_warp();
+      request(ring.stage, t + STAGES * WARPS);
+      ring.advance();
+      const float total = warp_sum_transposed(sum);
+      constexpr int share = 32 / (ROWS * TILE_ROWS);
+      if (lane % share == 0) {
+        const int value = lane / share, row = (t / SLICES - base) * TILE_ROWS + value % TILE_ROWS;
+        partial[(value / TILE_ROWS * PASS_GROUPS * TILE_ROWS + row) * PITCH + p.slice] = total;
+      }
+    }
+    sync_block();
+
+    auto result = [&](int row, int local) {  // sum over the slices, in order
+      const float* p = partial + (row * PASS_GROUPS * TILE_ROWS + local) * PITCH;
+      float v = p[0];
+#pragma unroll
+      for (int s = 1; s < SLICES; ++s) v += p[s];
+      return NORM ? v * inverse_rms[row] : v;
+    };
+    const int outputs = units * UNIT_ROWS, all = outputs * rows;
+    for (int i = threadIdx.x; i < (all + 31) / 32 * 32; i += WARPS * 32) {
+      const bool live = i < all;
+      const int row = live ? i / outputs : 0, o = live ? i % outputs : 0;
+#if PAIRED
+      const int local = o / UNIT_ROWS * (2 * UNIT_ROWS) + o % UNIT_ROWS, n = unit * UNIT_ROWS + o;
+      a.out.finish(first_row + row, n, result(row, local), result(row, local + UNIT_ROWS), live && n < N0);
+#else
+      int n = unit * UNIT_ROWS + o, segment = 0;
+      if (TYPE1 != NONE && n >= S0::ROWS_PADDED) n -= S0::ROWS_PADDED, segment = 1;
+      if (TYPE2 != NONE && segment == 1 && n >= S1::ROWS_PADDED) n -= S1::ROWS_PADDED, segment = 2;
+      const int size = segment == 0 ? N0 : segment == 1 ? N1 : N2;
+      const float* bias = segment == 0 ? a.bias[0] : segment == 1 ? a.bias[1] : a.bias[2];
+      float y = result(row, o);
+      if (bias && n < size) y += bias[n];
+      a.out.finish(first_row + row, segment, n, y, live && n < size);
+#endif
+    }
+    if (unit + PASS_UNITS < last) sync_block();
+  }
+}
+HOST_ENTRY(matvec, MatvecArgs)

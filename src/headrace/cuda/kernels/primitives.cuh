@@ -1,0 +1,198 @@
+// The device vocabulary of every kernel: one name for each thing a GPU of any supported generation
+// can do. ARCH (75, 80, 90, …) picks the implementation. host_primitives.hpp gives the same names a
+// CPU meaning, so that the kernels themselves run, unchanged, in tests on machines without a GPU.
+#pragma once
+#ifdef HEADRACE_HOST
+#include "host_primitives.hpp"
+#else
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL(threads, blocks_per_sm) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define ARGS(type, name) const __grid_constant__ type name
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define HOST_ENTRY(kernel, args)
+
+#define INFINITY __uint_as_float(0x7f800000u)
+constexpr u32 FULL_WARP = 0xffffffffu;
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+template <class T> DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(FULL_WARP, v, mask); }
+template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WARP, v, lane); }
+DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
+
+DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+DEVICE float bits_to_float(u32 u) { return __uint_as_float(u); }
+DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
+DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turns, s, c); }
+
+// Loads that skip L1: for what another block or kernel wrote.
+template <class T> DEVICE T load_fresh(const T* p) { return __ldcg(p); }
+DEVICE void fence_device() { __threadfence(); }
+DEVICE void fence_system() { __threadfence_system(); }
+DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+DEVICE void store_release_system(u64* p, u64 v) { fence_system(); *(volatile u64*)p = v; }
+
+// Programmatic dependent launch: a kernel may start before its predecessor has ended, and waits
+// here before it touches what the predecessor wrote.
+DEVICE void dependency_wait() {
+#if ARCH >= 90
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void dependents_launch() {
+#if ARCH >= 90
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// D[16,8] += A[16,16] B[16,8], f16 operands, f32 sums; fragments as in PTX's mma.m16n8k16.
+DEVICE void mma_f16(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
+#if ARCH >= 80
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a.x), "r"(a.y), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a.z), "r"(a.w), "r"(b1));
+#endif
+}
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+#if ARCH >= 90
+DEVICE void barrier_init(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+DEVICE void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void barrier_arrive_expect(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u64* barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  } while (!done);
+}
+// bytes and both addresses are multiples of 16.
+DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+#elif ARCH >= 80
+DEVICE void copy_async16(void* target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#endif
+
+#endif  // HEADRACE_HOST
+
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Sums N values (a power of two ≤ 32) over the warp at once, halving the values a lane carries at
+// each step. Lane l ends with the sum of value l / (32 / N). The order of additions for a value is
+// the same whatever N is, so a row's result does not depend on how many rows travel together.
+template <int N> DEVICE float warp_sum_transposed(float (&v)[N]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int step = 16, n = N; step; step >>= 1) {
+    if (n > 1) {
+      n >>= 1;
+      const bool upper = lane & step;
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        if (i >= n) break;
+        const float keep = upper ? v[i + n] : v[i], send = upper ? v[i] : v[i + n];
+        v[i] = keep + shuffle_xor(send, step);
+      }
+    } else {
+      v[0] += shuffle_xor(v[0], step);
+    }
+  }
+  return v[0];
+}
+
+DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) v += shuffle_xor(v, step);
+  return v;
+}
+
+template <int COUNT> DEVICE float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = v;
+  sync_block();
+  float total = 0.f;
+#pragma unroll
+  for (int w = 0; w < COUNT; ++w) total += scratch[w];
+  sync_block();
+  return total;
+}
+
+// A warp's own ring of shared-memory stages, filled from device memory ahead of use. The whole warp
+// calls request and wait in step; after the last read of a stage and before its next request comes
+// a sync_warp. At most one request per wait, and DEPTH requests before the first wait.
+template <int DEPTH, int BYTES> struct Ring {
+  u8* stages;
+  u64* full;  // one barrier a stage; used on sm_90 and later
+  int stage = 0;
+  u32 parity = 0;
+
+  DEVICE Ring(u8* memory, u64* barriers) : stages(memory), full(barriers) {
+#if ARCH >= 90
+    if ((threadIdx.x & 31) == 0) {
+      for (int s = 0; s < DEPTH; ++s) barrier_init(&full[s], 1);
+      barrier_init_fence();
+    }
+    sync_warp();
+#endif
+  }
+  // Starts the copy of `bytes` (a multiple of 16; none when 0) into stage s.
+  DEVICE void request(int s, const u8* source, u32 bytes) {
+    u8* target = stages + s * BYTES;
+    const int lane = threadIdx.x & 31;
+#if ARCH >= 90
+    if (lane == 0 && bytes) {
+      barrier_arrive_expect(&full[s], bytes);
+      copy_bulk(target, source, bytes, &full[s]);
+    }
+#elif ARCH >= 80
+    for (u32 i = lane * 16; i < bytes; i += 512) copy_async16(target + i, source + i);
+    copy_commit();
+#else
+    for (u32 i = lane * 16; i < bytes; i += 512) *(uint4*)(target + i) = *(const uint4*)(source + i);
+#endif
+  }
+  DEVICE const u8* wait() {
+#if ARCH >= 90
+    barrier_wait(&full[stage], parity);
+#elif ARCH >= 80
+    copy_wait<DEPTH - 1>();
+    sync_warp();
+#else
+    sync_warp();
+#endif
+    return stages + stage * BYTES;
+  }
+  DEVICE void advance() {
+    if (++stage == DEPTH) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};

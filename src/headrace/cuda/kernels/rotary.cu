@@ -1,0 +1,58 @@
+// Heads of q, k and v after their projection, for families that normalise q and k first (the others
+// do this in the projection's epilogue): norm, rotary embedding, and k and v into the cache. One warp
+// a head. Macros: HEADS, KV_HEADS, HEAD_DIM, ROPE_DIM, MAGNITUDE, EPS, Q_NORM, K_NORM.
+#include "kv_cache.cuh"
+
+struct RotaryArgs {
+  const float* qkv;  // [rows, (HEADS + 2 KV_HEADS) × HEAD_DIM]
+  const float *q_gain, *k_gain;
+  float* q;          // [rows, HEADS × HEAD_DIM]
+  Cache cache;
+  const double* turns;
+};
+
+constexpr int SHARED_BYTES = 0, PAIRS = (HEAD_DIM / 2 + 31) / 32;
+
+KERNEL(32, 1) rotary(ARGS(RotaryArgs, a)) {
+  const int lane = threadIdx.x, row = blockIdx.y, slot_head = blockIdx.x;
+  const bool is_q = slot_head < HEADS, is_k = !is_q && slot_head < HEADS + KV_HEADS;
+  dependents_launch();
+  dependency_wait();
+  const float* in = a.qkv + ((u64)row * (HEADS + 2 * KV_HEADS) + slot_head) * HEAD_DIM;
+  float v[PAIRS][2];
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    const int dim = 2 * (lane + 32 * i);
+    const float2 pair = dim < HEAD_DIM ? load_fresh((const float2*)(in + dim)) : make_float2(0.f, 0.f);
+    v[i][0] = pair.x;
+    v[i][1] = pair.y;
+    squares += pair.x * pair.x + pair.y * pair.y;
+  }
+  const bool normed = (is_q && Q_NORM) || (is_k && K_NORM);
+  const float inverse = rsqrtf(warp_sum(squares) * (1.f / HEAD_DIM) + EPS);
+  const float* gain = is_q ? a.q_gain : a.k_gain;
+  const int position = load_fresh(a.cache.positions + row);
+  const u64 page = a.cache.page(load_fresh(a.cache.slots + row), position);
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    const int dim = 2 * (lane + 32 * i);
+    if (dim >= HEAD_DIM) continue;
+    float x = v[i][0], y = v[i][1];
+    if (normed) x *= inverse * gain[dim], y *= inverse * gain[dim + 1];
+    const float x0 = x;
+    if (is_q || is_k) x = rotate(x0, y, dim, position, a.turns), y = rotate(y, x0, dim + 1, position, a.turns);
+    if (is_q) {
+      *(float2*)(a.q + ((u64)row * HEADS + slot_head) * HEAD_DIM + dim) = make_float2(x, y);
+    } else if (is_k) {
+      u16* key = a.cache.key(page, slot_head - HEADS, position) + dim;
+      key[0] = float_to_half(x);
+      key[1] = float_to_half(y);
+    } else {
+      const int head = slot_head - HEADS - KV_HEADS;
+      a.cache.value(page, head, dim)[position % PAGE_SIZE] = float_to_half(x);
+      a.cache.value(page, head, dim + 1)[position % PAGE_SIZE] = float_to_half(y);
+    }
+  }
+}
+HOST_ENTRY(rotary, RotaryArgs)

@@ -1,0 +1,364 @@
+"""One thin launcher for each kernel: its contract, checked, and its shape.
+
+Which kernel runs for what:
+
+====================  ==========================================================================
+``matvec``            every matrix; ROWS (1, 2, 4, 8 rows of activations at once) from the step's
+                      rows and the shared memory; int8 activations, or float ones when asked for
+                      or when a matrix is F32, F16 or BF16
+``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
+                      the projection's own epilogue does it
+``attend``            all attention
+``post_norm``         families with a norm after a projection
+``embed``, ``argmax`` the ends of a step
+``reorder``           once per matrix, at load
+====================  ==========================================================================
+
+The weight copies pick their instruction by architecture: bulk copies with mbarriers from sm_90,
+cp.async from sm_80, plain loads before (``Ring`` in kernels/primitives.cuh).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_void_p
+from dataclasses import dataclass, field
+
+from headrace.cuda import arguments as c
+from headrace.cuda.compile import Specialisation
+from headrace.cuda.device import Device, DeviceArray, Launch
+from headrace.cuda.layout import (
+    FLOAT_TYPES,
+    PADDED_ROWS,
+    PLANES,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TileLayout,
+    tile_block,
+)
+from headrace.errors import DeviceError
+
+GROUP = 16
+"""Activations that share a scale."""
+PAGE_SIZE = 64
+MAX_SPLITS = 64
+"""Splits of one row's positions in attention, at most."""
+SPLIT = 256
+"""Positions of a split, at least."""
+ATTEND_WARPS = 4
+_PARTIAL_LIMIT = 48 << 10
+"""Shared memory for the row sums of one pass, at most: more rows take more passes."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix on the device, in tiles; ``bias`` is an address (0: none)."""
+
+    address: int
+    layout: TileLayout
+    bias: int = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows ``[rows, width]`` as floats and/or int8 groups (kernels/activations.cuh)."""
+
+    width: int
+    rows: int
+    values: DeviceArray | None
+    quants: DeviceArray
+    scales: DeviceArray
+    squares: DeviceArray | None
+
+    def at(self, row: int) -> c.Rows:
+        """The C struct of the rows from ``row`` on."""
+
+        def address(array: DeviceArray | None) -> int:
+            return array.row(row) if array else 0
+
+        return c.Rows(*(address(a) for a in (self.values, self.quants, self.scales, self.squares)))
+
+
+def padded(k: int) -> int:
+    return -(-k // 512) * 512
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a matvec is cut. The defaults were best on an H100-class GPU; see docs/decisions."""
+
+    warps: int = 16
+    stages: int = 2
+    exclusive: bool = True
+    """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
+    two, programmatic launches pile the blocks of one kernel onto few multiprocessors."""
+
+
+@dataclass(frozen=True)
+class MatvecShape:
+    rows: int
+    warps: int
+    stages: int
+    pass_units: int
+    grid: int
+    shared_bytes: int
+
+
+def matvec_shape(
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, unit_rows: int,
+    floats: bool, tuning: Tuning,
+) -> MatvecShape:  # fmt: skip
+    """The largest variant that fits the device's shared memory."""
+    k = matrices[0].layout.k
+    stage = max(m.layout.max_tile_bytes for m in matrices)
+    padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
+    units = (padded_rows[0] if paired else sum(padded_rows)) // unit_rows
+    grid = min(device.sm_count, units)
+    at_once = 1 if floats else min(8, 1 << (rows - 1).bit_length())
+    unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
+    options = ((w, s, r) for r in (8, 4, 2, 1) for w in (16, 8, 4, 2, 1) for s in (4, 3, 2, 1))
+    for warps, stages, r in options:
+        if warps > tuning.warps or stages > tuning.stages or r > at_once:
+            continue
+        # A block's share can exceed the average by one unit, of the cheapest matrix by more.
+        pass_units = max(1, min(_PARTIAL_LIMIT // (unit_bytes * r), -(-units // grid) + 1))
+        x_bytes = r * k * 4 if floats else r * padded(k) // GROUP * 24
+        barriers = -(-warps * stages * 8 // 16) * 16
+        shared = warps * stages * stage + barriers + x_bytes + r * pass_units * unit_bytes + r * 4
+        if shared <= device.shared_limit:
+            if tuning.exclusive and device.arch >= 90:
+                shared = max(shared, device.shared_limit // 2 + 2048)
+            return MatvecShape(r, warps, stages, pass_units, grid, shared)
+    raise DeviceError(
+        f"no matvec variant for K = {k} fits {device.shared_limit:,} bytes of shared memory"
+    )
+
+
+def matvec(
+    device: Device,
+    matrices: Sequence[Matrix],
+    x: Activations,
+    epilogue: c.Epilogue,
+    n_rows: int,
+    *,
+    first_row: int = 0,
+    norm_eps: float | None = None,
+    in_gain: int = 0,
+    floats: bool = False,
+    macros: dict[str, object] | None = None,
+    tuning: Tuning = Tuning(),
+) -> Launch:
+    """``y = W x`` for one to three matrices over rows ``first_row …`` of x.
+
+    ``norm_eps``: x was stored times the norm's weight, with its squares; divide by its RMS.
+    ``floats``: read x's float values (times ``in_gain`` if there is a norm), not its int8 groups.
+    """
+    paired = isinstance(epilogue, c.Product)
+    quantises = isinstance(epilogue, c.Product | c.Residual)
+    k = matrices[0].layout.k
+    floats = floats or any(m.layout.qtype in FLOAT_TYPES for m in matrices)
+    _require(
+        1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
+        "one to three matrices, or a pair",
+    )
+    _require(all(m.layout.k == k for m in matrices), "matrices that share x have the same K")
+    _require(x.width == k, f"x has {x.width} columns, the matrix {k}")
+    _require(
+        n_rows > 0 and first_row + n_rows <= x.rows, f"rows {first_row} + {n_rows} of {x.rows}"
+    )
+    _require(all(m.address % 16 == 0 for m in matrices), "matrices lie on 16-byte boundaries")
+    _require(
+        not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
+    )
+    _require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
+    _require(not floats or x.values is not None, "float activations need x's values")
+    unit_rows = PADDED_ROWS if quantises else TILE_ROWS
+    shape = matvec_shape(
+        device, matrices, n_rows, paired=paired, unit_rows=unit_rows, floats=floats, tuning=tuning
+    )
+    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
+    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
+    constants: dict[str, object] = {
+        "K": k,
+        **{f"TYPE{i}": types[i] for i in range(3)},
+        **{f"N{i}": sizes[i] for i in range(3)},
+        "PAIRED": paired,
+        "UNIT_ROWS": unit_rows,
+        "ROWS": shape.rows,
+        "FLOAT_ACTIVATIONS": floats,
+        "NORM": norm_eps is not None,
+        "EPS": float(norm_eps or 0.0),
+        "EPILOGUE": c.EPILOGUES[type(epilogue)],
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "PASS_UNITS": shape.pass_units,
+        "GRID": shape.grid,
+        **(macros or {}),
+    }
+    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
+    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
+    arguments = c.matvec_arguments(epilogue)(
+        (c_void_p * 3)(*addresses),
+        (c_void_p * 3)(*biases),
+        x.at(first_row),
+        in_gain,
+        epilogue,
+        n_rows,
+    )
+    grid = (shape.grid, -(-n_rows // shape.rows), 1)
+    return Launch(
+        Specialisation.of("matvec", constants),
+        grid,
+        shape.warps * 32,
+        shape.shared_bytes,
+        arguments,
+    )
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One layer's attention shape, as its kernels see it."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope_dim: int = 0
+    magnitude: float = 1.0
+    macros: dict[str, object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.head_dim % 16 == 0, f"head_dim {self.head_dim}: a multiple of 16 is supported"
+        )
+        _require(self.n_heads % self.n_kv_heads == 0, "n_heads is a multiple of n_kv_heads")
+        _require(
+            self.rope_dim % 2 == 0 and self.rope_dim <= self.head_dim, "rope_dim is even and fits"
+        )
+        macros: dict[str, object] = {
+            "KV_HEADS": self.n_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "ROPE_DIM": self.rope_dim,
+            "MAGNITUDE": float(self.magnitude),
+        }
+        object.__setattr__(self, "macros", macros)
+
+    def page_bytes(self) -> int:
+        """Bytes of the keys, or of the values, of one page."""
+        return self.n_kv_heads * PAGE_SIZE * self.cache_dim * 2
+
+    @property
+    def cache_dim(self) -> int:
+        """head_dim as the cache pads it."""
+        return -(-self.head_dim // 32) * 32
+
+
+def rotary(
+    shape: CacheShape,
+    arguments: c.RotaryHeads,
+    n_rows: int,
+    *,
+    eps: float,
+    q_norm: bool,
+    k_norm: bool,
+) -> Launch:
+    constants = shape.macros | {
+        "HEADS": shape.n_heads,
+        "EPS": float(eps),
+        "Q_NORM": q_norm,
+        "K_NORM": k_norm,
+    }
+    grid = (shape.n_heads + 2 * shape.n_kv_heads, n_rows, 1)
+    return Launch(Specialisation.of("rotary", constants), grid, 32, 0, arguments)
+
+
+def head_tiles(n_heads: int, n_kv_heads: int) -> int:
+    """Blocks of up to eight query heads, over all kv heads."""
+    return n_kv_heads * -(-(n_heads // n_kv_heads) // 8)
+
+
+def attend(
+    shape: CacheShape, arguments: c.Attend, n_rows: int, longest: int, *,
+    scale: float, window: int | None, softcap: float | None,
+) -> Launch:  # fmt: skip
+    """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
+    constants = shape.macros | {
+        "HEADS": shape.n_heads,
+        "SCALE": float(scale),
+        "WINDOW": window or 0,
+        "SOFTCAP": float(softcap or 0.0),
+        "SPLIT": SPLIT,
+        "MAX_SPLITS": MAX_SPLITS,
+        "WARPS": ATTEND_WARPS,
+    }
+    visible = min(longest, (window or longest) + SPLIT)
+    grid = (
+        head_tiles(shape.n_heads, shape.n_kv_heads),
+        min(MAX_SPLITS, -(-visible // SPLIT)),
+        n_rows,
+    )
+    shared = shape.cache_dim // 16 * 512 + ATTEND_WARPS * 8 * (shape.cache_dim + 2) * 4 + 16
+    return Launch(
+        Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
+    )
+
+
+def embed(matrix: Matrix, arguments: c.Embed, n_rows: int, *, scale: float) -> Launch:
+    constants = {
+        "TYPE": matrix.layout.qtype.name,
+        "K": matrix.layout.k,
+        "SCALE": float(scale),
+        "WARPS": 8,
+    }
+    return Launch(Specialisation.of("embed", constants), (n_rows, 1, 1), 256, 0, arguments)
+
+
+def post_norm(width: int, arguments: c.PostNorm, n_rows: int, *, eps: float) -> Launch:
+    constants = {"K": width, "EPS": float(eps), "WARPS": 16}
+    return Launch(Specialisation.of("post_norm", constants), (n_rows, 1, 1), 512, 16 * 4, arguments)
+
+
+ARGMAX_BLOCKS = 64
+
+
+def argmax(n_vocab: int, arguments: c.Argmax) -> Launch:
+    constants = {"VOCABULARY": n_vocab, "WARPS": 8}
+    return Launch(
+        Specialisation.of("argmax", constants), (ARGMAX_BLOCKS, 1, 1), 256, 9 * 8, arguments
+    )
+
+
+def reorder(
+    layout: TileLayout,
+    source: int,
+    target: int,
+    first_row: int,
+    rows: int,
+    *,
+    head_dim: int,
+    rope_dim: int,
+) -> Launch:
+    """Tiles of file rows ``first_row …``, whose bytes lie at ``source``; the last chunk pads."""
+    last = first_row + rows == layout.n
+    _require(
+        first_row % TILE_ROWS == 0 and (last or rows % TILE_ROWS == 0), "chunks of whole tiles"
+    )
+    _require(
+        not rope_dim or (first_row % head_dim == 0 and rows % head_dim == 0),
+        "chunks of whole heads",
+    )
+    values, block_bytes = tile_block(layout.qtype)
+    planes = PLANES[layout.qtype]
+    constants = {
+        "VALUES": values,
+        "BLOCK_BYTES": block_bytes,
+        "PLANE_OFFSETS": "{" + ",".join(str(offset) for offset, _ in planes) + "}",
+        "PLANE_SIZES": "{" + ",".join(str(size) for _, size in planes) + "}",
+    }
+    groups = layout.groups - first_row // TILE_ROWS if last else rows // TILE_ROWS
+    arguments = c.Reorder(source, target, layout.n, layout.k, first_row, rows, head_dim, rope_dim)
+    return Launch(Specialisation.of("reorder", constants), (groups, 1, 1), 256, 0, arguments)
+
+
+def _require(condition: bool, contract: str) -> None:
+    if not condition:
+        raise DeviceError(f"launch contract broken: {contract}")

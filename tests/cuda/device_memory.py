@@ -1,0 +1,106 @@
+"""Arrays on a device, for tests, and the NumPy twin of the int8 activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from headrace.cuda.device import Device, DeviceArray, array
+from headrace.cuda.launchers import GROUP, Activations, Matrix, padded, reorder
+from headrace.cuda.layout import TileLayout
+from headrace.gguf.quants import dequantize
+from headrace.gguf.random_blocks import random_weights
+from headrace.gguf.types import QuantType
+
+
+def put(device: Device, values: np.ndarray) -> DeviceArray:
+    address = device.allocate(max(values.nbytes, 16), "test")
+    device.upload(address, values)
+    return array(address, values.shape, values.dtype)
+
+
+def poisoned(device: Device, shape: Sequence[int], dtype=np.float32) -> DeviceArray:
+    """NaN for floats: an element no kernel wrote shows."""
+    return put(
+        device,
+        np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 0xFF, np.uint8)
+        .view(dtype)
+        .reshape(shape),
+    )
+
+
+def activations(device: Device, rows: int, width: int) -> Activations:
+    groups = padded(width) // GROUP
+    return Activations(
+        width, rows,
+        poisoned(device, (rows, width)),
+        poisoned(device, (rows, groups, 16), np.int8),
+        poisoned(device, (rows, groups, 2)),
+        poisoned(device, (rows, width // GROUP)),
+    )  # fmt: skip
+
+
+def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [rows, k] and scales float32 [rows, k / 16] of x float32 [rows, k]."""
+    groups = x.reshape(len(x), -1, GROUP)
+    largest = np.abs(groups).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.where(
+            largest[..., None] > 0, np.rint(groups * (np.float32(127) / largest)[..., None]), 0
+        )
+    return q.astype(np.int8).reshape(x.shape), largest * np.float32(1 / 127)
+
+
+def slots(n_groups: int, bit: int) -> np.ndarray:
+    """Where group g is stored (kernels/activations.cuh): bit 3 for quants, 4 for scales."""
+    g = np.arange(n_groups)
+    return g ^ ((g >> bit & 1) * 7)
+
+
+def upload_activations(
+    device: Device, x: np.ndarray, gain: np.ndarray | None = None
+) -> Activations:
+    """x float32 [rows, k] as its producer would store it: values, x∘gain in int8, squares."""
+    rows, k = x.shape
+    a = activations(device, rows, k)
+    q, d = quantise(x * gain if gain is not None else x)
+    n = k // GROUP
+    sums = d * q.reshape(rows, n, GROUP).sum(-1, dtype=np.int32).astype(np.float32)
+    quants = np.full(a.quants.shape, -1, np.int8)
+    quants[:, slots(n, 3)] = q.reshape(rows, n, GROUP)
+    scales = np.full(a.scales.shape, np.nan, np.float32)
+    scales[:, slots(n, 4)] = np.stack([d, sums], -1)
+    device.upload(a.values.address, x)
+    device.upload(a.quants.address, quants)
+    device.upload(a.scales.address, scales)
+    device.upload(a.squares.address, np.square(x).reshape(rows, n, GROUP).sum(-1))
+    return a
+
+
+def read_quantised(device: Device, a: Activations) -> np.ndarray:
+    """What a reader of the int8 groups sees, float32 [rows, width]; checks the stored sums."""
+    n = a.width // GROUP
+    q = device.download(a.quants)[:, slots(n, 3)]
+    scales = device.download(a.scales)[:, slots(n, 4)]
+    np.testing.assert_allclose(
+        scales[..., 1], scales[..., 0] * q.sum(-1, dtype=np.int32), rtol=1e-6, atol=1e-30
+    )
+    return (q * scales[..., :1]).reshape(a.rows, a.width)
+
+
+def random_matrix(
+    device: Device, rng: np.random.Generator, qtype: QuantType, n: int, k: int, *,
+    head_dim: int = 0, rope_dim: int = 0, bias: bool = False,
+) -> tuple[Matrix, np.ndarray, np.ndarray]:  # fmt: skip
+    """A random matrix in tiles on the device, its float64 values [n, k], and its bias [n]."""
+    data = np.concatenate(list(random_weights(rng, qtype, n * k, 1 / np.sqrt(k)))).reshape(n, -1)
+    layout = TileLayout(qtype, n, k)
+    source, target = put(device, data), device.allocate(layout.n_bytes, "test")
+    device.launch(
+        reorder(layout, source.address, target, 0, n, head_dim=head_dim, rope_dim=rope_dim)
+    )
+    values = rng.standard_normal(n).astype(np.float32)
+    address = put(device, values).address if bias else 0
+    weights = dequantize(data, qtype).reshape(n, k).astype(np.float64)
+    return Matrix(target, layout, address), weights, values if bias else np.zeros(n, np.float32)
