@@ -85,6 +85,10 @@ CASES: dict[str, tuple[bytes, str]] = {
     "no data": (Forged(data=b"").bytes(), "tensor .*past the end of the file"),
     "alignment 0": (aligned(struct.pack("<I", 0)), "'general.alignment' at offset .*alignment 0"),
     "alignment 3": (aligned(struct.pack("<I", 3)), "'general.alignment' at offset .*alignment 3"),
+    "alignment 24": (
+        aligned(struct.pack("<I", 24)),
+        "'general.alignment' at offset .*alignment 24",
+    ),
     "alignment of int32": (aligned(struct.pack("<i", 32), INT32), "must be uint32, not int32"),
     "alignment of string": (aligned(string("32"), STRING), "must be uint32, not string"),
     "alignment of float": (aligned(struct.pack("<f", 32), FLOAT32), "must be uint32, not float32"),

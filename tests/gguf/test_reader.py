@@ -34,6 +34,7 @@ def test_metadata_and_tensors(path: Path) -> None:
         assert file.metadata["tokens"] == ["a", "né", ""]
         assert file.metadata["scores"].tolist() == [0, -1, -2]
         assert file.metadata["flags"].dtype == np.bool_
+        assert not file.metadata["scores"].flags.writeable
         shapes = {t.name: (t.qtype, t.shape, t.data.shape) for t in file.tensors.values()}
         assert shapes == {
             "norm": (QuantType.F32, (8,), (1, 32)),

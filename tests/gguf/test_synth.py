@@ -58,6 +58,15 @@ def test_published_q4_k_m_mixtures(shape: str, gigabytes: float, types: dict[str
     assert sum(t.n_bytes for t in tensors) / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
+def test_which_layers_have_more_bits() -> None:
+    """The first and last eighth, and every third between, for both roles."""
+    tensors = {t.name: t for t in synthetic_tensors(SHAPES["llama-1b"], RECIPES["Q4_K_M"], seed=0)}
+    for role in ("attn_v", "ffn_down"):
+        types = [tensors[f"blk.{layer}.{role}.weight"].qtype for layer in range(16)]
+        more = [layer for layer, qtype in enumerate(types) if qtype is QuantType.Q6_K]
+        assert more == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
 @pytest.mark.real_model
 def test_the_recipe_of_a_real_file(gemma3_path: Path) -> None:
     """K of 640 forces the fall-backs too."""

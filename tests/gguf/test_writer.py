@@ -36,10 +36,11 @@ METADATA: dict[str, Any] = {
 def sources() -> list[TensorSource]:
     floats = np.arange(15, dtype=np.float32)
     q8 = np.arange(2 * 3 * 34, dtype=np.uint8).reshape(6, 34)
+    halves = np.arange(6, dtype=np.float16).reshape(2, 3)
     return [
         TensorSource("vector", QuantType.F32, (15,), [floats[:7], floats[7:]]),
         TensorSource("cube", QuantType.Q8_0, (2, 3, 32), (row.tobytes() for row in q8)),
-        TensorSource("strided", QuantType.F16, (3, 2), [np.ones((2, 3), np.float16).T]),
+        TensorSource("strided", QuantType.F16, (3, 2), [halves.T]),
     ]
 
 
@@ -61,7 +62,7 @@ def test_round_trip(tmp_path: Path, alignment: int) -> None:
         assert tensors["vector"].data.view(np.float32).tolist() == [list(range(15))]
         assert tensors["cube"].data.ravel().tolist() == list(range(204))
         assert tensors["cube"].shape == (2, 3, 32)
-        assert tensors["strided"].data.view(np.float16).tolist() == [[1, 1]] * 3
+        assert tensors["strided"].data.view(np.float16).tolist() == [[0, 3], [1, 4], [2, 5]]
         assert file.alignment == alignment
     assert [path] == list(tmp_path.iterdir())
     assert seen == sorted(seen)
