@@ -79,10 +79,13 @@ def _split_merges(merges: list[str]) -> list[tuple[str, str]]:
     """
     pairs = []
     for merge in dict.fromkeys(merges):
-        cut = merge.find(" ", 1)
-        if cut < 0:
+        left, space, right = merge.partition(" ")
+        if not left:  # the first space is the first character
+            left, space, right = merge[1:].partition(" ")
+            left = " " + left
+        if not space:
             raise TokenizerError(f"tokenizer.ggml.merges holds {merge!r}, which has no space")
-        pairs.append((merge[:cut], merge[cut + 1 :]))
+        pairs.append((left, right))
     return pairs
 
 

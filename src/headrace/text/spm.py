@@ -19,6 +19,7 @@ from headrace.text.vocabulary import TokenType, Vocabulary, byte_value
 
 _SPACE = "▁"
 _CONTROL, _UNKNOWN = 3, 2  # SentencePiece's own numbers, which GGUF took over
+_SHORT = 128 - 9
 
 
 def token_text_bytes(text: str) -> bytes:
@@ -67,14 +68,21 @@ def _model_proto(vocabulary: Vocabulary, scores: NDArray[np.float32]) -> bytes:
     }
     packed = np.ascontiguousarray(scores, "<f4").tobytes()
     tails = [b"\x18" + bytes([kinds.get(TokenType(t), _CONTROL)]) for t in range(len(TokenType))]
+    # A piece is a message (field 1) of text (1), score (2, fixed32) and type (3): 9 bytes more than
+    # the text, while both lengths fit in a byte. Written out, for this loop is most of loading.
+    heads = [bytes([1 << 3 | 2, n + 9, 1 << 3 | 2, n]) for n in range(_SHORT)]
     parts = []
     for i, text in enumerate(tokens):
-        name = text.encode() or b"\x01empty %d" % i  # the library refuses empty pieces
-        tail = tails[types[i]] if i != unknown else b"\x18" + bytes([_UNKNOWN])
-        if not text:
-            tail = tails[TokenType.CONTROL]
-        piece = _bytes_field(1, name) + b"\x15" + packed[4 * i : 4 * i + 4] + tail
-        parts.append(_bytes_field(1, piece))
+        name, tail = text.encode(), tails[types[i]]
+        if not name:
+            name, tail = b"\x01empty%d" % i, tails[TokenType.CONTROL]  # "" would be refused
+        if i == unknown:
+            tail = b"\x18" + bytes([_UNKNOWN])
+        score = packed[4 * i : 4 * i + 4]
+        if len(name) < _SHORT:
+            parts.append(heads[len(name)] + name + b"\x15" + score + tail)
+        else:
+            parts.append(_bytes_field(1, _bytes_field(1, name) + b"\x15" + score + tail))
     trainer = b"\x18\x02" + b"\x98\x02" + bytes([byte_fallback])  # model_type BPE, byte_fallback
     # The identity, but spaces are escaped; no dummy prefix (llama.cpp adds its own).
     normaliser = _bytes_field(1, b"identity") + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
@@ -83,8 +91,6 @@ def _model_proto(vocabulary: Vocabulary, scores: NDArray[np.float32]) -> bytes:
 
 def _bytes_field(number: int, payload: bytes) -> bytes:
     length = len(payload)
-    if length < 128:
-        return bytes((number << 3 | 2, length)) + payload
     head = bytearray([number << 3 | 2])
     while length > 127:
         head.append(length & 127 | 128)

@@ -255,7 +255,7 @@ class Tokenizer:
         kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
         for i in vocabulary.of_type(*kinds):
             if text := vocabulary.tokens[i]:
-                is_control = bool(vocabulary.types[i] != TokenType.USER_DEFINED)
+                is_control = self._types[i] != TokenType.USER_DEFINED
                 key = (-len(text.encode()), len(text), is_control, text[:8])
                 groups.setdefault(key, {})[text] = i
         return [_Verbatim(groups[key], *key[2:]) for key in sorted(groups)]
