@@ -12,8 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.errors import HubError
 
@@ -91,16 +90,17 @@ def remembered() -> Iterator[tuple[str, list[Path]]]:
             yield read
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
+    library: Any
     try:
-        import huggingface_hub
+        import huggingface_hub as library
     except ImportError as error:
         raise HubError(
             "models from the Hugging Face hub need huggingface-hub: pip install 'headrace[hub]'"
         ) from error
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    return huggingface_hub  # type: ignore[no-any-return]
+        library.utils.disable_progress_bars()
+    return library
 
 
 def _refusal(repo: str, error: Exception) -> str:

@@ -1,0 +1,199 @@
+"""How fast a model runs, beside how fast this machine can read memory.
+
+Decoding a token reads every weight once, so the machine's read bandwidth is its ceiling; the share
+of it that decoding reaches is the figure to look at. Both are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.backend import PAGE_SIZE, Batch, Runner
+from headrace.errors import RequestError
+from headrace.model.decoder import Decoder
+from headrace.model.operations import Embed, Head
+
+CHUNK_ROWS = 512
+"""Rows of a prompt that go through the model in one step, as in llama.cpp's default."""
+
+KV_VALUE_BYTES = 2
+"""Bytes of a cached value: the CPU backend keeps keys and values in half precision."""
+
+_READ_BYTES = 512 << 20  # well over any last-level cache
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One test: ``seconds`` holds the repetitions, each of ``n_tokens`` tokens at ``depth``.
+
+    ``n_bytes`` is what one repetition must read at least: weights once a step, and keys and values.
+    """
+
+    test: str
+    n_tokens: int
+    depth: int
+    seconds: tuple[float, ...]
+    n_bytes: int
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """(mean, standard deviation) over the repetitions, as llama-bench gives them."""
+        rates = [self.n_tokens / s for s in self.seconds]
+        return statistics.fmean(rates), statistics.stdev(rates) if len(rates) > 1 else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.n_bytes / statistics.fmean(self.seconds)
+
+    def as_json(self, read_bandwidth: float) -> dict[str, Any]:
+        mean, deviation = self.tokens_per_second
+        return {
+            **asdict(self),
+            "tokens_per_second": mean,
+            "tokens_per_second_stddev": deviation,
+            "tokens_per_second_median": self.n_tokens / statistics.median(self.seconds),
+            "gb_per_second": self.bytes_per_second / 1e9,
+            "bandwidth_share": self.bytes_per_second / read_bandwidth,
+        }
+
+
+def weight_bytes_per_step(decoder: Decoder) -> int:
+    """Bytes of weights that one step of one row reads: all of them, of the embedding one row."""
+    total = sum(tensor.n_bytes for tensor in decoder.weights.values())
+    embed = next(op for op in decoder.operations if isinstance(op, Embed))
+    head = next(op for op in decoder.operations if isinstance(op, Head))
+    table = decoder.weights[embed.weight]
+    if head.out.weight != embed.weight:
+        total -= table.n_bytes
+    return total + table.qtype.row_bytes(table.k)
+
+
+def kv_values_per_position(decoder: Decoder) -> int:
+    """Cached values (keys and values of all layers) of one position."""
+    config = decoder.config
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim
+
+
+class StepTimer:
+    """Times prefill and decode steps of a loaded model, without sampling (greedy argmax only)."""
+
+    def __init__(self, runner: Runner, context: int) -> None:
+        limit = runner.decoder.config.context_length
+        if context > limit:
+            raise RequestError(
+                f"the test needs {context} positions, the model has a context of {limit}"
+            )
+        n_pages = -(-context // PAGE_SIZE)
+        runner.allocate_cache(n_pages)
+        self._runner = runner
+        self._page_table = np.arange(n_pages, dtype=np.int32)[None, :]
+        self._random = np.random.default_rng(0)
+
+    def fill(self, depth: int) -> None:
+        """Bring ``depth`` positions of random tokens into the cache."""
+        self._prompt(0, depth)
+
+    def prefill(self, n_tokens: int, depth: int = 0) -> float:
+        """Seconds for a prompt of ``n_tokens`` after ``depth`` positions already cached."""
+        start = time.perf_counter()
+        self._prompt(depth, n_tokens)
+        return time.perf_counter() - start
+
+    def decode(self, n_tokens: int, depth: int = 0) -> float:
+        """Seconds for ``n_tokens`` single-token steps after ``depth`` cached positions."""
+        token = int(self._random.integers(self._runner.decoder.config.n_vocab))
+        start = time.perf_counter()
+        for position in range(depth, depth + n_tokens):
+            logits = self._step(np.array([token], np.int32), position)
+            token = int(logits.argmax())
+        return time.perf_counter() - start
+
+    def _prompt(self, start: int, n_tokens: int) -> None:
+        tokens = self._random.integers(self._runner.decoder.config.n_vocab, size=n_tokens)
+        for done in range(0, n_tokens, CHUNK_ROWS):
+            self._step(tokens[done : done + CHUNK_ROWS].astype(np.int32), start + done)
+
+    def _step(self, tokens: NDArray[np.int32], position: int) -> NDArray[np.float32]:
+        n = len(tokens)
+        return self._runner.step(
+            Batch(
+                tokens=tokens,
+                positions=np.arange(position, position + n, dtype=np.int32),
+                slots=np.zeros(n, np.int32),
+                page_table=self._page_table,
+                logit_rows=np.array([n - 1], np.int32),
+            )
+        )
+
+
+def measure(
+    runner: Runner,
+    prompts: Sequence[int],
+    generate: Sequence[int],
+    depths: Sequence[int],
+    repetitions: int,
+) -> list[Measurement]:
+    """Prefill of each length in ``prompts`` and decode of each in ``generate``, at each depth.
+
+    Every test runs once unmeasured first. Raises RequestError when the context is too short.
+    """
+    timer = StepTimer(runner, max(depths) + max([*prompts, *generate]))
+    weights = weight_bytes_per_step(runner.decoder)
+    kv = kv_values_per_position(runner.decoder) * KV_VALUE_BYTES
+    results = []
+    for depth in depths:
+        timer.fill(depth)
+        for n in prompts:
+            timer.prefill(n, depth)
+            seconds = tuple(timer.prefill(n, depth) for _ in range(repetitions))
+            steps = -(-n // CHUNK_ROWS)
+            results.append(_measurement("pp", n, depth, seconds, steps * weights))
+        for n in generate:
+            timer.decode(1, depth)
+            seconds = tuple(timer.decode(n, depth) for _ in range(repetitions))
+            positions_read = sum(range(depth + 1, depth + n + 1))
+            results.append(_measurement("tg", n, depth, seconds, n * weights + kv * positions_read))
+    return results
+
+
+def _measurement(
+    kind: str, n: int, depth: int, seconds: tuple[float, ...], n_bytes: int
+) -> Measurement:
+    test = f"{kind}{n}" + (f" @ d{depth}" if depth else "")  # llama-bench's notation
+    return Measurement(test, n, depth, seconds, n_bytes)
+
+
+def read_bandwidth(threads: int, passes: int = 8) -> float:
+    """Bytes a second that ``threads`` threads read from memory together: the best of ``passes``."""
+    checksum = _checksum()
+    parts = np.array_split(np.ones(_READ_BYTES // 8, np.uint64), 16 * threads)
+    checksum(parts[0][:8])  # compile
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            start = time.perf_counter()
+            list(pool.map(checksum, parts))
+            best = min(best, time.perf_counter() - start)
+    return _READ_BYTES / best
+
+
+def _checksum() -> Any:
+    """A compiled loop over uint64 that does nothing but read; it runs outside the GIL."""
+    import numba
+
+    @numba.njit(nogil=True)
+    def checksum(values: NDArray[np.uint64]) -> np.uint64:
+        result = np.uint64(0)
+        for i in range(values.size):
+            result ^= values[i]
+        return result
+
+    return checksum

@@ -1,0 +1,142 @@
+"""``headrace info``: what a file holds and what running it takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace.cli import console
+from headrace.cli.options import Context, Json, ModelName
+
+if TYPE_CHECKING:
+    from headrace.gguf import GGUFFile
+
+
+def info(model: ModelName, context: Context = None, as_json: Json = False) -> None:
+    """Show a model's architecture, tensors by type, bytes a token and the memory it needs."""
+    from headrace.gguf import open_gguf
+
+    path = console.resolve(model)
+    with open_gguf(path) as file:
+        facts = collect(path, file, context)
+    print(json.dumps(facts, indent=2) if as_json else _as_text(facts))
+
+
+def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str, Any]:
+    """All that ``info`` shows, as JSON. Sizes are in bytes."""
+    from headrace.errors import HeadraceError
+    from headrace.model import load_decoder
+
+    metadata = file.metadata
+    n_parameters = sum(_n_weights(t.shape) for t in file.tensors.values())
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "name": metadata.get("general.name"),
+        "architecture": metadata.get("general.architecture"),
+        "licence": metadata.get("general.license"),
+        "size": file.n_bytes,
+        "parameters": n_parameters,
+        "bits_per_weight": 8 * sum(t.n_bytes for t in file.tensors.values()) / n_parameters,
+        "tokenizer": metadata.get("tokenizer.ggml.model"),
+        "pre_tokenizer": metadata.get("tokenizer.ggml.pre"),
+        "chat_template": "tokenizer.chat_template" in metadata,
+        "tensors": _tensors_by_type(file),
+    }
+    try:
+        decoder = load_decoder(file)
+    except HeadraceError as error:
+        return facts | {"supported": False, "unsupported_because": str(error)}
+    from headrace.bench import KV_VALUE_BYTES, kv_values_per_position, weight_bytes_per_step
+
+    per_position = KV_VALUE_BYTES * kv_values_per_position(decoder)
+    longest = decoder.config.context_length
+    lengths = {context or 0, 4096, 32768, longest}
+    return facts | {
+        "supported": True,
+        "config": asdict(decoder.config),
+        "weight_bytes_per_token": weight_bytes_per_step(decoder),
+        "kv_bytes_per_position": per_position,
+        "memory": [
+            {"context": n, "kv_cache": n * per_position, "total": file.n_bytes + n * per_position}
+            for n in sorted(lengths)
+            if 0 < n <= longest
+        ],
+    }
+
+
+def _n_weights(shape: tuple[int, ...]) -> int:
+    n = 1
+    for dimension in shape:
+        n *= dimension
+    return n
+
+
+def _tensors_by_type(file: GGUFFile) -> list[dict[str, Any]]:
+    tensors, weights, sizes = Counter[str](), Counter[str](), Counter[str]()
+    for tensor in file.tensors.values():
+        kind = tensor.qtype.name
+        tensors[kind] += 1
+        weights[kind] += _n_weights(tensor.shape)
+        sizes[kind] += tensor.n_bytes
+    return [
+        {"type": kind, "tensors": tensors[kind], "weights": weights[kind], "bytes": n_bytes}
+        for kind, n_bytes in sizes.most_common()
+    ]
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    tokenizer = " / ".join(filter(None, (facts["tokenizer"], facts["pre_tokenizer"])))
+    bits = facts["bits_per_weight"]
+    rows = [
+        ("file", facts["path"]),
+        ("name", str(facts["name"] or "unnamed")),
+        ("architecture", str(facts["architecture"])),
+        ("licence", str(facts["licence"] or "not stated in the file")),
+        ("size", f"{console.size(facts['size'])}, {bits:.2f} bits a weight"),
+        ("parameters", console.count(facts["parameters"])),
+    ]
+    if config := facts.get("config"):
+        heads = f"{config['n_heads']} query, {config['n_kv_heads']} key-value, "
+        rows += [
+            ("layers", str(config["n_layers"])),
+            ("width", f"{config['d_model']:,}; feed-forward {config['d_ff']:,}"),
+            ("heads", f"{heads}{config['head_dim']} wide"),
+            ("context", f"{config['context_length']:,}"),
+            ("vocabulary", f"{config['n_vocab']:,}"),
+        ]
+    rows += [
+        ("tokeniser", tokenizer or "none"),
+        ("chat template", "yes" if facts["chat_template"] else "no"),
+    ]
+    sections = [console.columns(rows), "Tensors by type\n" + _tensor_table(facts)]
+    if facts["supported"]:
+        sections.append(_memory_text(facts))
+    else:
+        sections.append(f"headrace cannot run it: {facts['unsupported_because']}")
+    return "\n\n".join(sections)
+
+
+def _tensor_table(facts: dict[str, Any]) -> str:
+    total = sum(row["bytes"] for row in facts["tensors"])
+    table = [("type", "tensors", "weights", "bytes", "share")]
+    for row in facts["tensors"]:
+        weights, n_bytes = console.count(row["weights"]), console.size(row["bytes"])
+        share = f"{row['bytes'] / total:.1%}"
+        table.append((row["type"], f"{row['tensors']:,}", weights, n_bytes, share))
+    return console.columns(table, right=(1, 2, 3, 4), indent="  ")
+
+
+def _memory_text(facts: dict[str, Any]) -> str:
+    weights = console.size(facts["weight_bytes_per_token"])
+    position = console.size(facts["kv_bytes_per_position"])
+    table = [("context", "KV cache", "with the weights")]
+    for row in facts["memory"]:
+        kv, total = console.size(row["kv_cache"]), console.size(row["total"])
+        table.append((f"{row['context']:,}", kv, total))
+    return (
+        f"A decoded token reads {weights} of weights, and {position} for each position before it.\n"
+        "\nMemory at a context length\n" + console.columns(table, right=(0, 1, 2), indent="  ")
+    )

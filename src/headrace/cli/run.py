@@ -1,0 +1,134 @@
+"""``headrace run``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli import console
+from headrace.cli import options as opt
+from headrace.errors import RequestError
+
+if TYPE_CHECKING:
+    from headrace.api import Model, Options, TextStream
+    from headrace.engine.request import Completion
+
+_Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="[PROMPT]", help="The prompt; '-' or none: what is piped in."),
+]
+_PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Take the prompt from a UTF-8 file.")
+]
+_Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+]
+_NoStats = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the answer.")]
+
+
+def run(
+    model: opt.ModelName,
+    prompt: _Prompt = None,
+    prompt_file: _PromptFile = None,
+    raw: _Raw = False,
+    system: opt.System = None,
+    max_tokens: opt.MaxTokens = None,
+    stop: opt.Stop = None,
+    temperature: opt.Temperature = 0.8,
+    top_k: opt.TopK = 40,
+    top_p: opt.TopP = 0.95,
+    min_p: opt.MinP = 0.05,
+    repeat_penalty: opt.RepeatPenalty = 1.0,
+    repeat_last_n: opt.RepeatLastN = 64,
+    presence_penalty: opt.PresencePenalty = 0.0,
+    frequency_penalty: opt.FrequencyPenalty = 0.0,
+    seed: opt.Seed = None,
+    context: opt.Context = None,
+    threads: opt.Threads = None,
+    device: opt.Device = "auto",
+    quiet: _NoStats = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Answer a prompt.
+
+    Models with a chat template answer it as a message; others, and all with --raw, continue it. The
+    answer goes to stdout as it is made; its speed follows on stderr.
+    """
+    text = _prompt(prompt, prompt_file)
+    options: Options = {
+        "max_tokens": max_tokens,
+        "stop": stop or [],
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repeat_penalty,
+        "repeat_last_n": repeat_last_n,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+    }
+    with (
+        console.Status() as status,
+        console.load(model, status, device=device, context=context, threads=threads) as loaded,
+        _start(loaded, text, system, options, raw) as stream,
+    ):
+        status("reading the prompt")
+        if as_json:
+            done = stream.run()
+            print(json.dumps(_as_json(model, done)))
+        else:
+            console.write(stream, status)
+            if not quiet:
+                console.say(console.speed(stream.completion))
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from wherever it was given; RequestError when it was not, or twice."""
+    if file is not None:
+        if prompt is not None:
+            raise RequestError("give a PROMPT or --file, not both")
+        text = console.read_text(file)
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif prompt is None and sys.stdin.isatty():
+        raise RequestError(
+            "give a PROMPT or pipe one in; 'headrace chat MODEL' is for a conversation"
+        )
+    else:
+        text = console.decode(sys.stdin.buffer.read(), "stdin")
+    if not text:
+        raise RequestError("the prompt is empty")
+    return text
+
+
+def _start(model: Model, text: str, system: str | None, options: Options, raw: bool) -> TextStream:
+    if raw or not console.has_chat_template(model):
+        if system is not None:
+            raise RequestError(
+                "--system needs the model's chat template: it has none, or --raw is given"
+            )
+        return model.stream(text, **options)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return model.stream_chat(messages, **options)
+
+
+def _as_json(model: str, done: Completion) -> dict[str, object]:
+    timings = done.timings
+    return {
+        "model": model,
+        "text": done.text,
+        "tokens": list(done.tokens),
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": timings.prompt_tokens,
+        "completion_tokens": len(done.tokens),
+        "prompt_tokens_per_second": timings.prompt_tokens_per_second,
+        "decode_tokens_per_second": timings.decode_tokens_per_second,
+        "time_to_first_token": timings.time_to_first_token,
+    }
