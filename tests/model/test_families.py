@@ -13,7 +13,7 @@ from headrace.model import load_decoder
 from headrace.reference.runner import ReferenceRunner
 
 # One token; within and just past every window; past a page. Shorter where the model is deep.
-LENGTH = dict.fromkeys(CONFIGS, 70) | {"gemma3-27b": 8}
+LENGTH = dict.fromkeys(CONFIGS, 70) | {"gemma3-27b": 8, "gemma2-27b": 8}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_families import gguf_metadata, gguf_tensors, tiny_model
+from tiny_families import CONFIGS, gguf_metadata, gguf_tensors, tiny_model
 
 from headrace.errors import GGUFError, ModelError
 from headrace.gguf.reader import open_gguf
@@ -26,7 +26,7 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-MODELS = {name: tiny_model(name) for name in ("llama", "llama3", "qwen2", "qwen3", "gemma3")}
+MODELS = {name: tiny_model(name) for name in CONFIGS if "-" not in name}
 
 
 @pytest.fixture
@@ -91,13 +91,16 @@ def test_weights_are_exactly_those_the_operations_name(load):
         if dataclasses.is_dataclass(value):
             for field in dataclasses.fields(value):
                 yield from names(getattr(value, field.name))
-        elif isinstance(value, str) and value.endswith((".weight", ".bias")):
+        elif isinstance(value, str) and (".weight" in value or ".bias" in value):
             yield value
 
     for name in MODELS:
         decoder = load(name)
         named = {weight for op in decoder.operations for weight in names(op)}
         assert named == set(decoder.weights), name
+        assert all(weight == tensor.name for weight, tensor in decoder.weights.items())
+        n_bytes = sum(tensor.n_bytes for tensor in decoder.weights.values())
+        assert n_bytes == sum(source.n_bytes for source in gguf_tensors(MODELS[name])), name
 
 
 def test_descriptive_keys_and_old_tensors_are_ignored(load):
@@ -170,6 +173,8 @@ BAD_KEYS = [
     ("llama", "some_new_key", 1),
     ("qwen3", "attention.sliding_window", 4096),
     ("gemma3", "final_logit_softcapping", 30.0),
+    ("gemma2", "attn_logit_softcapping", 0.0),
+    ("phi3", "rope.scaling.attn_factor", 1.19),
 ]
 
 
@@ -217,6 +222,7 @@ def test_every_misshaped_tensor_is_named(load, name):
         ("llama", "blk.3.attn_norm.weight"),
         ("qwen3", "blk.0.attn_q.bias"),
         ("qwen2", "rope_freqs.weight"),
+        ("phi3", "rope_factors_long.weight"),
         ("gemma3", "output.bias"),
         ("llama", "blk.0.ffn_gate_inp.weight"),
     ],

@@ -1,9 +1,9 @@
 """A second, independent transformer: the model definitions spelt out value by value.
 
 Written from the papers and the Hugging Face model definitions (``modeling_llama``,
-``modeling_qwen2``, ``modeling_qwen3``, ``modeling_gemma3``, ``modeling_rope_utils``), with their
-configuration keys, weight names and layouts, in float64 and Python loops. It knows nothing of GGUF
-or headrace: that is its worth.
+``modeling_qwen2``, ``modeling_qwen3``, ``modeling_gemma2``, ``modeling_gemma3``, ``modeling_phi3``,
+``modeling_rope_utils``), with their configuration keys, weight names and layouts, in float64 and
+Python loops. It knows nothing of GGUF or headrace: that is its worth.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 from typing import Any
 
 import numpy as np
+
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def naive_logits(config: dict[str, Any], weights: dict[str, np.ndarray], tokens: list[int]):
@@ -23,7 +25,7 @@ def naive_logits(config: dict[str, Any], weights: dict[str, np.ndarray], tokens:
 
 
 def _token(config, weights, token, position, caches):
-    gemma = config["model_type"] == "gemma3_text"
+    gemma = config["model_type"] in GEMMA
     x = weights["model.embed_tokens.weight"][token].astype(np.float64)
     if gemma:
         x = x * math.sqrt(config["hidden_size"])
@@ -45,7 +47,9 @@ def _token(config, weights, token, position, caches):
             x = x + _mlp(config, get, norm(x, "post_attention_layernorm"))
     x = _rms_norm(x, weights["model.norm.weight"], config)
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    return _matvec(head, x)
+    logits = _matvec(head, x)
+    cap = config.get("final_logit_softcapping")
+    return logits if cap is None else np.array([cap * math.tanh(y / cap) for y in logits])
 
 
 def _matvec(matrix, x, bias=None):
@@ -55,22 +59,29 @@ def _matvec(matrix, x, bias=None):
 
 def _rms_norm(x, weight, config):
     variance = math.fsum(x * x) / len(x)
-    scale = weight + 1.0 if config["model_type"] == "gemma3_text" else weight
+    scale = weight + 1.0 if config["model_type"] in GEMMA else weight
     return x / math.sqrt(variance + config["rms_norm_eps"]) * scale
 
 
 def _is_sliding(config, layer):
     if config["model_type"] == "gemma3_text":
         return (layer + 1) % config["sliding_window_pattern"] != 0
+    if config["model_type"] == "gemma2":
+        return layer % 2 == 0
     return config.get("sliding_window") is not None
 
 
 def _attention(config, get, x, position, layer, cache):
     n_heads, n_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     size = config["head_dim"]
-    q = _matvec(get("self_attn.q_proj.weight"), x, get("self_attn.q_proj.bias"))
-    k = _matvec(get("self_attn.k_proj.weight"), x, get("self_attn.k_proj.bias"))
-    v = _matvec(get("self_attn.v_proj.weight"), x, get("self_attn.v_proj.bias"))
+    if config["model_type"] == "phi3":
+        qkv = _matvec(get("self_attn.qkv_proj.weight"), x)
+        n_q = n_heads * size
+        q, k, v = qkv[:n_q], qkv[n_q : n_q + n_kv_heads * size], qkv[n_q + n_kv_heads * size :]
+    else:
+        q = _matvec(get("self_attn.q_proj.weight"), x, get("self_attn.q_proj.bias"))
+        k = _matvec(get("self_attn.k_proj.weight"), x, get("self_attn.k_proj.bias"))
+        v = _matvec(get("self_attn.v_proj.weight"), x, get("self_attn.v_proj.bias"))
     q_heads = [q[h * size : (h + 1) * size] for h in range(n_heads)]
     k_heads = [k[h * size : (h + 1) * size] for h in range(n_kv_heads)]
     v_heads = [v[h * size : (h + 1) * size] for h in range(n_kv_heads)]
@@ -91,6 +102,8 @@ def _attention(config, get, x, position, layer, cache):
             if _is_sliding(config, layer) and position - past >= config["sliding_window"]:
                 continue
             scores[past] = math.fsum(query * cache[past][0][kv]) * scale
+            if cap := config.get("attn_logit_softcapping"):
+                scores[past] = cap * math.tanh(scores[past] / cap)
         largest = max(scores.values())
         exponentials = {past: math.exp(score - largest) for past, score in scores.items()}
         total = math.fsum(exponentials.values())
@@ -104,7 +117,7 @@ def _attention(config, get, x, position, layer, cache):
 
 def _frequencies(config, layer):
     """``inv_freq`` of modeling_rope_utils: default, linear or llama3."""
-    size = config["head_dim"]
+    size = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
     base = config["rope_theta"]
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
     if config["model_type"] == "gemma3_text" and _is_sliding(config, layer):
@@ -131,9 +144,9 @@ def _llama3(frequency, scaling):
 
 
 def _rotate(head, position, frequencies):
-    """``x * cos + rotate_half(x) * sin``."""
-    half = len(head) // 2
-    out = np.empty(len(head))
+    """``x * cos + rotate_half(x) * sin`` on the rotary part; the rest passes."""
+    half = len(frequencies)
+    out = head.copy()
     for i, frequency in enumerate(frequencies):
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         out[i] = head[i] * cos - head[i + half] * sin
@@ -142,9 +155,12 @@ def _rotate(head, position, frequencies):
 
 
 def _mlp(config, get, x):
-    gate = _matvec(get("mlp.gate_proj.weight"), x, get("mlp.gate_proj.bias"))
-    up = _matvec(get("mlp.up_proj.weight"), x, get("mlp.up_proj.bias"))
-    activation = _gelu_tanh if config["model_type"] == "gemma3_text" else _silu
+    if config["model_type"] == "phi3":
+        gate, up = np.split(_matvec(get("mlp.gate_up_proj.weight"), x), 2)
+    else:
+        gate = _matvec(get("mlp.gate_proj.weight"), x, get("mlp.gate_proj.bias"))
+        up = _matvec(get("mlp.up_proj.weight"), x, get("mlp.up_proj.bias"))
+    activation = _gelu_tanh if config["model_type"] in GEMMA else _silu
     product = np.array([activation(g) * u for g, u in zip(gate, up, strict=True)])
     return _matvec(get("mlp.down_proj.weight"), product, get("mlp.down_proj.bias"))
 

@@ -48,6 +48,16 @@ _GEMMA3 = {
     "query_pre_attn_scalar": 32,
     "tie_word_embeddings": True,
 }
+_GEMMA2 = {
+    **_BASE,
+    "model_type": "gemma2",
+    "head_dim": 32,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 32,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 2.0,
+    "tie_word_embeddings": True,
+}
 _LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -64,6 +74,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_LLAMA, "head_dim": 32, "sliding_window": 7, "rope_theta": 1e6},
     "qwen2": {**_BASE, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": _QWEN3,
+    "gemma2": _GEMMA2,
+    "gemma2-27b": {
+        **_GEMMA2,
+        "num_hidden_layers": 46,
+        "intermediate_size": 32,
+        "query_pre_attn_scalar": 64 / 4,
+    },
+    "phi3": {**_BASE, "model_type": "phi3"},
+    "phi3-partial": {
+        **_BASE,
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "sliding_window": 7,
+        "tie_word_embeddings": True,
+    },
     "gemma3": _GEMMA3,
     "gemma3-scaled": {
         **_GEMMA3,
@@ -90,14 +115,17 @@ _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_GEMMA = ("gemma2", "gemma3_text")
 _GGUF_NAMES_GEMMA = {
     **_GGUF_NAMES,
     "post_attention_layernorm": "post_attention_norm",
@@ -129,7 +157,7 @@ def tiny_model(name: str) -> TinyModel:
     model = TinyModel(config)
     d, ff, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    gemma = config["model_type"] == "gemma3_text"
+    gemma, phi = config["model_type"] in _GEMMA, config["model_type"] == "phi3"
 
     def matrix(name: str, n: int, k: int, bias: bool = False, gain: float = 1.0) -> None:
         qtype = _MATRIX_TYPES[len(model.packed) % len(_MATRIX_TYPES)]
@@ -148,19 +176,25 @@ def tiny_model(name: str) -> TinyModel:
         layer = f"model.layers.{i}."
         norm(layer + "input_layernorm", d)
         # A gain above 1 on q and k makes attention choose, so that a wrong score shows.
-        matrix(layer + "self_attn.q_proj", q, d, qkv_bias, gain=2.0)
-        matrix(layer + "self_attn.k_proj", kv, d, qkv_bias, gain=2.0)
-        matrix(layer + "self_attn.v_proj", kv, d, qkv_bias)
+        if phi:
+            matrix(layer + "self_attn.qkv_proj", q + 2 * kv, d, gain=1.5)
+        else:
+            matrix(layer + "self_attn.q_proj", q, d, qkv_bias, gain=2.0)
+            matrix(layer + "self_attn.k_proj", kv, d, qkv_bias, gain=2.0)
+            matrix(layer + "self_attn.v_proj", kv, d, qkv_bias)
         matrix(layer + "self_attn.o_proj", d, q, config.get("attention_bias", False))
-        if gemma or config["model_type"] == "qwen3":
+        if config["model_type"] in ("gemma3_text", "qwen3"):
             norm(layer + "self_attn.q_norm", head_dim, gain=2.0)
             norm(layer + "self_attn.k_norm", head_dim, gain=2.0)
         norm(layer + "post_attention_layernorm", d)
         if gemma:
             norm(layer + "pre_feedforward_layernorm", d)
             norm(layer + "post_feedforward_layernorm", d)
-        matrix(layer + "mlp.gate_proj", ff, d, mlp_bias, gain=2.0)
-        matrix(layer + "mlp.up_proj", ff, d, mlp_bias)
+        if phi:
+            matrix(layer + "mlp.gate_up_proj", 2 * ff, d, gain=1.5)
+        else:
+            matrix(layer + "mlp.gate_proj", ff, d, mlp_bias, gain=2.0)
+            matrix(layer + "mlp.up_proj", ff, d, mlp_bias)
         matrix(layer + "mlp.down_proj", d, ff, mlp_bias)
     norm("model.norm", d)
     if not config.get("tie_word_embeddings"):
@@ -191,6 +225,12 @@ def gguf_metadata(config: dict[str, Any]) -> dict[str, Any]:
         keys["attention.key_length"] = keys["attention.value_length"] = config["head_dim"]
     if architecture == "llama":
         keys |= {"vocab_size": config["vocab_size"], "rope.dimension_count": config["head_dim"]}
+    if config["model_type"] == "phi3":
+        rotary = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
+        keys["rope.dimension_count"] = rotary
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if name in config:
+            keys[name] = config[name]
     if "sliding_window" in config:
         keys["attention.sliding_window"] = config["sliding_window"]
     if config.get("sliding_window_pattern", 6) != 6:
@@ -205,7 +245,7 @@ def gguf_metadata(config: dict[str, Any]) -> dict[str, Any]:
 def gguf_tensors(model: TinyModel) -> list[TensorSource]:
     """The tensors under their GGUF names, rows permuted and norms shifted as the converter does."""
     config = model.config
-    gemma = config["model_type"] == "gemma3_text"
+    gemma = config["model_type"] in _GEMMA
     heads = {
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],

@@ -79,6 +79,7 @@ class Source:
         self.metadata = metadata
         self._tensors = tensors
         self._keys_read: set[str] = set()
+        self._claimed: set[str] = set()
         self._weights: dict[str, Tensor] = {}
 
     # --- metadata ---
@@ -140,6 +141,7 @@ class Source:
                 f"tensor {name!r} has shape {list(tensor.shape)}; "
                 f"the metadata of this {self.architecture} model asks for {list(shape)}"
             )
+        self._claimed.add(name)
         self._weights[name] = tensor
         return name
 
@@ -172,6 +174,22 @@ class Source:
         weight = self.tensor(f"{name}.weight", n, k)
         return Linear(weight, n, k, self.tensor(f"{name}.bias", n) if wanted else None)
 
+    def split(self, name: str, k: int, *sizes: int) -> list[Linear]:
+        """The matrix ``name.weight [sum(sizes), k]`` as one linear layer after the other.
+
+        Their weights are zero-copy rows of the file's, named ``name.weight[first:last]``.
+        """
+        whole = self._weights.pop(self.tensor(f"{name}.weight", sum(sizes), k))
+        parts, first = [], 0
+        for n in sizes:
+            last = first + n
+            part_name = f"{whole.name}[{first}:{last}]"
+            data = whole.data[first:last]
+            self._weights[part_name] = Tensor(part_name, whole.qtype, (n, k), data)
+            parts.append(Linear(part_name, n, k))
+            first = last
+        return parts
+
     # --- the proof of completeness ---
 
     def finish(self) -> dict[str, Tensor]:
@@ -193,7 +211,7 @@ class Source:
                 raise self.error(key, f"is {_shown(value)}: headrace does not support that")
         for name in self._tensors:
             ignorable = any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORABLE_TENSORS)
-            if name not in self._weights and not ignorable:
+            if name not in self._claimed and not ignorable:
                 raise ModelError(
                     f"tensor {name!r} has no role in a {self.architecture} model: "
                     "the answers could be wrong without it"
