@@ -97,7 +97,9 @@ def attend_block(  # type: ignore[no-untyped-def]
     for page in range(first // PAGE_SIZE, last // PAGE_SIZE + 1):
         base = np.int64(pages[page]) * page_bytes
         start = page * PAGE_SIZE
-        call6(kernels[0], queries.ctypes.data, keys + base, scores.ctypes.data, n, PAGE_SIZE, head_dim)
+        call6(
+            kernels[0], queries.ctypes.data, keys + base, scores.ctypes.data, n, PAGE_SIZE, head_dim
+        )
         for r in range(n_rows):
             p = positions[r]
             low = min(max(0, p - window + 1 - start), PAGE_SIZE) if window else 0

@@ -50,9 +50,7 @@ def _product(
 
     def block(row0: Value, n: int, column0: Value, vectors: int) -> None:
         rows = [b.add(row0, _const(r)) for r in range(n)]
-        sources = [
-            b.add(source, b.mul(row, b.mul(input_row(inner), _const(4)))) for row in rows
-        ]
+        sources = [b.add(source, b.mul(row, b.mul(input_row(inner), _const(4)))) for row in rows]
         targets = [
             b.add(out, b.mul(b.add(b.mul(row, output_row(columns)), column0), _const(4)))
             for row in rows

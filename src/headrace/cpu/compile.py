@@ -45,7 +45,12 @@ def _initialise_llvm() -> None:
 
 def _target_machine(target: InstructionSet) -> llvm.TargetMachine:
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=target.cpu, features=target.feature_string, opt=3, reloc="pic", codemodel="small", jit=True
+        cpu=target.cpu,
+        features=target.feature_string,
+        opt=3,
+        reloc="pic",
+        codemodel="small",
+        jit=True,
     )
 
 

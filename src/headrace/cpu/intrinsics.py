@@ -104,9 +104,7 @@ def call4(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> 
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call6(
-    typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any
-) -> Any:
+def call6(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     """Call the function at ``address`` with six int64 arguments."""
     return _caller(6)
 

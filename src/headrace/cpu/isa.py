@@ -27,9 +27,7 @@ def _dot_vnni(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -
 
 def _dot_avx2(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
     b, shorts = tile.b, tile.vec(i16, 2 * tile.lanes)
-    madd = declare(
-        b.module, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(tile.vec(i32), [shorts] * 2)
-    )
+    madd = declare(b.module, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(tile.vec(i32), [shorts] * 2))
 
     def madd_words(a: Value, c: Value) -> Value:
         return b.call(madd, [b.bitcast(a, shorts), b.bitcast(c, shorts)])

@@ -134,7 +134,9 @@ class _Kernel:
             at = 0
             for group in unpacker.unpack(tile, [b.add(row, here) for row in rows]):
                 here_x, here_records = tile.at(x, at), tile.at(records, at)
-                b.store(self._add_group(unpacker, b.load(total), group, here_x, here_records), total)
+                b.store(
+                    self._add_group(unpacker, b.load(total), group, here_x, here_records), total
+                )
                 at += unpacker.group
         tile.store(b.load(total), self.totals, 4)
 
@@ -182,9 +184,7 @@ class _Kernel:
             with tile.loop(_const(0), count, block) as inside:
                 blocks = b.sdiv(b.add(start, inside), _const(block))
                 here = b.mul(blocks, _const(self.qtype.block_bytes))
-                self._unpack_to_scratch(
-                    unpacker, [b.add(row, here) for row in rows], inside
-                )
+                self._unpack_to_scratch(unpacker, [b.add(row, here) for row in rows], inside)
             groups = b.sdiv(count, _const(unpacker.group))
             self._by_width(
                 _const(0), lambda t0, width: self._pass(unpacker, t0, width, start, groups)
@@ -204,9 +204,7 @@ class _Kernel:
             if group.shift is not None:
                 tile.store(group.shift, tile.at(shifts, g * vector), 4)
 
-    def _pass(
-        self, unpacker: Unpacker, t0: Value, width: int, start: Value, groups: Value
-    ) -> None:
+    def _pass(self, unpacker: Unpacker, t0: Value, width: int, start: Value, groups: Value) -> None:
         """Rows t0 … t0 + width - 1 over the unpacked batch."""
         b, tile, vector = self.b, self.tile, self.vector
         rows = [b.add(t0, _const(i)) for i in range(width)]
@@ -248,7 +246,10 @@ class _Kernel:
 
     def _float_pass(self, rows: Sequence[Value], t0: Value, width: int) -> None:
         b, tile = self.b, self.tile
-        xs = [b.add(self.x, b.mul(b.add(t0, _const(i)), b.mul(self.k, _const(4)))) for i in range(width)]
+        xs = [
+            b.add(self.x, b.mul(b.add(t0, _const(i)), b.mul(self.k, _const(4))))
+            for i in range(width)
+        ]
         totals = [tile.variable(tile.vec(f32), tile.zeros()) for _ in range(width)]
         per_load = 16 // self.qtype.block_bytes
         with tile.loop(_const(0), self.k, per_load) as at:
@@ -258,7 +259,9 @@ class _Kernel:
                 address = b.add(x, b.mul(at, _const(4)))
                 value = b.load(total)
                 for j, w in enumerate(weights):
-                    value = tile.fma(w, tile.splat(tile.load(tile.at(address, 4 * j), f32, 4)), value)
+                    value = tile.fma(
+                        w, tile.splat(tile.load(tile.at(address, 4 * j), f32, 4)), value
+                    )
                 b.store(value, total)
         for i, total in enumerate(totals):
             tile.store(b.load(total), self._total(b.add(t0, _const(i))), 4)

@@ -112,6 +112,7 @@ class Plan:
         self._operations: list[dict[str, Any]] = []
         self._matmuls: list[dict[str, int]] = []
         self._libraries: list[Any] = []
+        self._activation = Activation.SILU
         for operation in decoder.operations:
             self._add(operation)
         self.operations = _table(self._operations, OPERATION)
@@ -155,16 +156,17 @@ class Plan:
             case FeedForwardIn(layer, norm, gate, up, activation):
                 self._add_matmul(gate, buffers.normed, buffers.gate)
                 self._add_matmul(up, buffers.normed, buffers.up)
+                self._activation = activation  # computed as FeedForwardOut quantises its input
                 row = {
                     "kind": FEED_FORWARD_IN,
                     "layer": layer,
                     "width": gate.k,
-                    "gelu": activation is Activation.GELU_TANH,
                     **self._norm("norm", "eps", norm),
                 }
             case FeedForwardOut(layer, down, post_norm):
                 self._add_branch(down, buffers.gate, post_norm)
                 row = {"kind": FEED_FORWARD_OUT, "layer": layer, "width": down.k}
+                row["gelu"] = self._activation is Activation.GELU_TANH
                 row |= self._norm("post_norm", "post_eps", post_norm)
             case Head(norm, out, softcap, logit_scale):
                 self._add_matmul(out, buffers.normed, None)
@@ -178,9 +180,7 @@ class Plan:
         row |= {"first_matmul": first, "last_matmul": len(self._matmuls)}
         self._operations.append(row)
 
-    def _add_branch(
-        self, linear: Linear, x: NDArray[np.float32], post_norm: Norm | None
-    ) -> None:
+    def _add_branch(self, linear: Linear, x: NDArray[np.float32], post_norm: Norm | None) -> None:
         """A projection back to the residual stream: added to it, or normed first."""
         if post_norm is None:
             self._add_matmul(linear, x, self.buffers.x, residual=True)

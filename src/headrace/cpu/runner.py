@@ -151,9 +151,7 @@ class CPURunner:
         buffers.x[: n * d] = (x * np.float32(self._embedding_scale)).reshape(-1)
         step.positions[:n] = positions
         step.pages[:n, : batch.page_table.shape[1]] = batch.page_table[slots]
-        for i, (rope, frequencies) in enumerate(
-            zip(self._plan.ropes, self._inv_freq, strict=True)
-        ):
+        for i, (rope, frequencies) in enumerate(zip(self._plan.ropes, self._inv_freq, strict=True)):
             angles = positions[:, None] * frequencies
             half = rope.dim // 2
             buffers.cos[i, :n, :half] = rope.magnitude * np.cos(angles)
@@ -163,9 +161,7 @@ class CPURunner:
         step.sizes[N_ROWS], step.sizes[N_BLOCKS] = n, len(blocks)
         self._plan.matmuls["t"] = n
 
-    def _run_head(
-        self, rows: NDArray[np.int32], logits: NDArray[np.float32], first: int
-    ) -> None:
+    def _run_head(self, rows: NDArray[np.int32], logits: NDArray[np.float32], first: int) -> None:
         step, head = self._step, self._plan.matmuls[-1:]
         step.logit_rows[: len(rows)] = rows
         step.sizes[N_LOGIT_ROWS] = len(rows)

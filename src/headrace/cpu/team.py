@@ -127,8 +127,10 @@ class Team:
 
     def _live(self, member: int) -> None:
         last = 0
-        while not self._closed:
+        while True:
             last = self._serve(member, self.shared, last)
+            if self._closed:  # set before the ticket that ends us, so never missed
+                return
             _exchange(self._parked(member), 1)
             # Whoever takes the flag down owns the wake-up: a step that began just now either left
             # it for us, or took it and is about to release the semaphore.

@@ -98,9 +98,7 @@ def _q2_k(tile: Tile, rows: Rows) -> Iterator[Group]:
             yield Group(
                 [tile.mask(tile.shr(v, j & 6), 0x03030303) for v in sixteen],
                 tile.b.fmul(d, tile.to_float(tile.mask(nibbles, 15))),
-                tile.b.fneg(
-                    tile.b.fmul(d_min, tile.to_float(tile.mask(tile.shr(nibbles, 4), 15)))
-                ),
+                tile.b.fneg(tile.b.fmul(d_min, tile.to_float(tile.mask(tile.shr(nibbles, 4), 15)))),
             )
 
 
