@@ -7,7 +7,6 @@ nothing in the file which could change the mathematics was left unread.
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Mapping
 from enum import Enum, auto
 
@@ -101,11 +100,11 @@ class Source:
     def number(
         self, key: str, default: float | None = None, *, low: float = 0.0, high: float = 1e12
     ) -> float:
-        """A finite number in ``(low, high]``; required unless there is a default."""
+        """A number in ``(low, high]``, not NaN; required unless there is a default."""
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"must be a number, is {_shown(value)}")
-        if not (math.isfinite(value) and low < value <= high):
+        if not low < value <= high:  # NaN too
             raise self.error(key, f"is {value}, outside {low} … {high}")
         return float(value)
 
