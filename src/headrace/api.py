@@ -6,8 +6,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
-from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -16,7 +16,7 @@ from headrace.backend import load_runner
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.sequence import Event
-from headrace.errors import DeviceError
+from headrace.errors import DeviceError, TemplateError
 from headrace.gguf.reader import GGUFFile, open_gguf
 from headrace.model.decoder import Config
 from headrace.model.loader import load_decoder
@@ -77,6 +77,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     progress: hub.Progress | None = None,
+    chat: bool = False,
 ) -> Model:
     """Load a model, fetching it first if need be.
 
@@ -85,6 +86,7 @@ def load(
     context: most tokens of one conversation (default: 8,192, or the model's own if shorter). Keys
     and values for it are set aside; on a CPU the memory is only taken as it is used.
     threads: CPU threads (default: all cores). progress: called as a file is fetched.
+    chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
 
     Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
 
@@ -96,17 +98,18 @@ def load(
     try:
         # The tokeniser takes as long to build as the rest of a small model: do both at once.
         with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
-            tokenizer = thread.submit(_prepared_tokenizer, file.metadata)
+            text = thread.submit(_load_text, file.metadata, chat)
             runner = load_runner(load_decoder(file), device, threads)
             try:
-                engine = Engine(runner, tokenizer.result(), context=context)
+                tokenizer, template = text.result()
+                engine = Engine(runner, tokenizer, context=context)
             except BaseException:
                 runner.close()
                 raise
     except BaseException:
         file.close()
         raise
-    return Model(file, engine, device)
+    return Model(file, engine, device, template)
 
 
 def choose_device(device: str) -> str:
@@ -118,10 +121,22 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _prepared_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokeniser, built; and the chat template, starting, if it is wanted and there is one."""
     tokenizer = Tokenizer.from_metadata(metadata)
+    template = None
+    if chat:
+        with suppress(TemplateError):  # asking for Model.chat_template raises it again
+            template = _load_template(metadata, tokenizer)
+            template.prepare()
     tokenizer.prepare()
-    return tokenizer
+    return tokenizer, template
+
+
+def _load_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
+    from headrace.text.template import ChatTemplate
+
+    return ChatTemplate.from_metadata(metadata, tokenizer)
 
 
 class Model:
@@ -133,10 +148,13 @@ class Model:
     the same steps.
     """
 
-    def __init__(self, file: GGUFFile, engine: Engine, device: str) -> None:
+    def __init__(
+        self, file: GGUFFile, engine: Engine, device: str, template: ChatTemplate | None = None
+    ) -> None:
         self.engine = engine
         self.device = device
         self._file = file
+        self._template = template
 
     @property
     def config(self) -> Config:
@@ -156,12 +174,12 @@ class Model:
         """The GGUF file's metadata."""
         return self._file.metadata
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """Raises TemplateError when the file has none."""
-        from headrace.text.template import ChatTemplate
-
-        return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
+        if self._template is None:
+            self._template = _load_template(self._file.metadata, self.tokenizer)
+        return self._template
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
         """Continue ``prompt``. Raises RequestError, ContextOverflowError or DeviceError."""
@@ -201,8 +219,8 @@ class Model:
     def close(self) -> None:
         """Cancel what is running and release the memory. Idempotent."""
         self.engine.close()
-        if "chat_template" in self.__dict__:
-            self.chat_template.close()
+        if self._template is not None:
+            self._template.close()
         self._file.close()
 
     def __enter__(self) -> Self:

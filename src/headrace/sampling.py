@@ -265,13 +265,17 @@ _BLOCK = 64
 def top_k(values: Logits, k: int) -> NDArray[np.intp]:
     """Indices of the ``k`` largest values above -inf, largest first, ties by ascending index."""
     n_blocks = len(values) // _BLOCK
-    peaks = values
+    floor = -np.inf
     if n_blocks > k:  # at least k values reach the k-th largest block maximum, and few others do
         peaks = values[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
-    floor = np.partition(peaks, len(peaks) - k)[len(peaks) - k] if k < len(peaks) else -np.inf
-    candidates = np.flatnonzero(values >= floor if floor > -np.inf else values > -np.inf)
-    order = np.argsort(-values[candidates], kind="stable")
-    return candidates[order[:k]]
+        floor = np.partition(peaks, n_blocks - k)[n_blocks - k]
+    ids = np.flatnonzero(values >= floor if floor > -np.inf else values > -np.inf)
+    if len(ids) > k:
+        left = values[ids]
+        least = np.partition(left, len(left) - k)[len(left) - k]
+        above = ids[left > least]
+        ids = np.concatenate((above, ids[left == least][: k - len(above)]))
+    return ids[np.argsort(-values[ids], kind="stable")]
 
 
 def top_p(values: Logits, p: float) -> NDArray[np.intp]:
