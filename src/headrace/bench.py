@@ -83,7 +83,10 @@ def kv_values_per_position(decoder: Decoder) -> int:
 
 
 class StepTimer:
-    """Times prefill and decode steps of a loaded model, without sampling (greedy argmax only)."""
+    """Times prefill and decode steps of a loaded model, without sampling (greedy argmax only).
+
+    ``context``: the positions to make room for. Raises RequestError when the model has fewer.
+    """
 
     def __init__(self, runner: Runner, context: int) -> None:
         limit = runner.decoder.config.context_length
@@ -93,6 +96,7 @@ class StepTimer:
             )
         n_pages = -(-context // PAGE_SIZE)
         runner.allocate_cache(n_pages)
+        self.decoder = runner.decoder
         self._runner = runner
         self._page_table = np.arange(n_pages, dtype=np.int32)[None, :]
         self._random = np.random.default_rng(0)
@@ -109,7 +113,7 @@ class StepTimer:
 
     def decode(self, n_tokens: int, depth: int = 0) -> float:
         """Seconds for ``n_tokens`` single-token steps after ``depth`` cached positions."""
-        token = int(self._random.integers(self._runner.decoder.config.n_vocab))
+        token = int(self._random.integers(self.decoder.config.n_vocab))
         start = time.perf_counter()
         for position in range(depth, depth + n_tokens):
             logits = self._step(np.array([token], np.int32), position)
@@ -117,7 +121,7 @@ class StepTimer:
         return time.perf_counter() - start
 
     def _prompt(self, start: int, n_tokens: int) -> None:
-        tokens = self._random.integers(self._runner.decoder.config.n_vocab, size=n_tokens)
+        tokens = self._random.integers(self.decoder.config.n_vocab, size=n_tokens)
         for done in range(0, n_tokens, CHUNK_ROWS):
             self._step(tokens[done : done + CHUNK_ROWS].astype(np.int32), start + done)
 
@@ -135,7 +139,7 @@ class StepTimer:
 
 
 def measure(
-    runner: Runner,
+    timer: StepTimer,
     prompts: Sequence[int],
     generate: Sequence[int],
     depths: Sequence[int],
@@ -143,11 +147,10 @@ def measure(
 ) -> list[Measurement]:
     """Prefill of each length in ``prompts`` and decode of each in ``generate``, at each depth.
 
-    Every test runs once unmeasured first. Raises RequestError when the context is too short.
+    Every test runs once unmeasured first. The timer's context must hold the longest at the deepest.
     """
-    timer = StepTimer(runner, max(depths) + max([*prompts, *generate]))
-    weights = weight_bytes_per_step(runner.decoder)
-    kv = kv_values_per_position(runner.decoder) * KV_VALUE_BYTES
+    weights = weight_bytes_per_step(timer.decoder)
+    kv = kv_values_per_position(timer.decoder) * KV_VALUE_BYTES
     results = []
     for depth in depths:
         timer.fill(depth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_model import known, write_wheel
+from tiny_hub_model import known, write_wheel
 
 from headrace import hub
 

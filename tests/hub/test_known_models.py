@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_model import CONTENT, write_wheel
+import tiny_hub_model
+from tiny_hub_model import CONTENT, write_wheel
 
 from headrace import hub, hub_wheel
 from headrace.errors import HubError
@@ -144,9 +145,9 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(index: Path, cache: Pat
 
 def child(code: str) -> subprocess.Popen[str]:
     """A process that knows ``tiny`` and runs ``code``."""
-    here = Path(__file__).parent
-    prelude = f"import sys; sys.path.insert(0, {str(here)!r}); import tiny_model; "
-    prelude += "tiny_model.install(); from headrace import hub, hub_wheel\n"
+    here = Path(tiny_hub_model.__file__).parent
+    prelude = f"import sys; sys.path.insert(0, {str(here)!r}); import tiny_hub_model; "
+    prelude += "tiny_hub_model.install(); from headrace import hub, hub_wheel\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code],
         stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,10 +83,11 @@ def _measure(
         status("loading (a first run compiles the kernels)")
         decoder = load_decoder(file)
         runner = load_runner(decoder, device, threads=threads)
+        timer = measuring.StepTimer(runner, max(depths) + max([*prompts, *generate]))
         status("measuring the read bandwidth")
         before = measuring.read_bandwidth(threads)
         status("measuring the model")
-        results = measuring.measure(runner, prompts, generate, depths, repetitions)
+        results = measuring.measure(timer, prompts, generate, depths, repetitions)
         status("measuring the read bandwidth")
         bandwidth = max(before, measuring.read_bandwidth(threads))
         runner.close()
@@ -109,7 +111,7 @@ def _as_table(facts: dict[str, Any]) -> str:
         speed = f"{test['tokens_per_second']:.2f} ± {test['tokens_per_second_stddev']:.2f}"
         rows.append(
             (
-                facts["model"],
+                Path(facts["model"]).name,
                 console.size(facts["size"]),
                 console.count(facts["parameters"]),
                 facts["device"],

@@ -96,9 +96,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     elif prompt is not None and prompt != "-":
         text = prompt
     elif prompt is None and sys.stdin.isatty():
-        raise RequestError(
-            "give a PROMPT or pipe one in; 'headrace chat MODEL' is for a conversation"
-        )
+        raise RequestError("give a PROMPT, or pipe one in ('headrace chat' converses)")
     else:
         text = console.decode(sys.stdin.buffer.read(), "stdin")
     if not text:
@@ -109,9 +107,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 def _start(model: Model, text: str, system: str | None, options: Options, raw: bool) -> TextStream:
     if raw or not console.has_chat_template(model):
         if system is not None:
-            raise RequestError(
-                "--system needs the model's chat template: it has none, or --raw is given"
-            )
+            raise RequestError("--system needs a chat template: there is none, or --raw is given")
         return model.stream(text, **options)
     messages = [{"role": "user", "content": text}]
     if system is not None:
