@@ -8,6 +8,7 @@ shared wrongly, not copied, or overwritten changes the text.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,6 +51,11 @@ TOKENIZER = byte_tokenizer()
 
 def ids(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    """``n`` random ids, always the same for a seed."""
+    return random.Random(seed).choices(range(3, N_VOCAB), k=n)
 
 
 def hashed_logits(context: Sequence[int]) -> np.ndarray:
