@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import Structure, c_int, c_void_p
+from ctypes import Structure, c_int, c_uint64, c_void_p
 
 
 class Rows(Structure):
@@ -133,4 +132,5 @@ class Reorder(Structure):
     ]
 
 
-assert ctypes.sizeof(Rows) == 32
+class Read(Structure):
+    _fields_ = [("source", c_void_p), ("n", c_uint64), ("sink", c_void_p)]

@@ -104,6 +104,9 @@ class Device(Protocol):
     def capture(self, record: Callable[[], None]) -> Graph:
         """The graph of everything ``record`` launches."""
 
+    def idle(self) -> bool:
+        """Has everything queued been done? Does not wait. DeviceError if it failed."""
+
     def synchronise(self) -> None: ...
 
     def close(self) -> None: ...

@@ -158,6 +158,9 @@ class HostDevice:
         finally:
             self._recording = None
 
+    def idle(self) -> bool:
+        return True
+
     def synchronise(self) -> None:
         self.counters.synchronisations += 1
 

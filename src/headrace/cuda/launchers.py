@@ -11,6 +11,7 @@ Which kernel runs for what:
 ``attend``            all attention
 ``post_norm``         families with a norm after a projection
 ``embed``, ``argmax`` the ends of a step
+``read``              the bandwidth ceiling, for benchmarks
 ``reorder``           once per matrix, at load
 ====================  ==========================================================================
 
@@ -362,3 +363,10 @@ def reorder(
 def _require(condition: bool, contract: str) -> None:
     if not condition:
         raise DeviceError(f"launch contract broken: {contract}")
+
+
+def read(device: Device, source: int, n_bytes: int, sink: int) -> Launch:
+    """Read ``n_bytes`` (a multiple of 16), for the bandwidth ceiling."""
+    arguments = c.Read(source, n_bytes // 16, sink)
+    grid = (device.sm_count * 4, 1, 1)
+    return Launch(Specialisation.of("read", {"WARPS": 16}), grid, 512, 0, arguments)

@@ -1,0 +1,261 @@
+"""An NVIDIA GPU: see :class:`headrace.cuda.device.Device`. One stream carries everything, in order."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.cuda.compile import Specialisation, cubins
+from headrace.cuda.device import Counters, DeviceArray, Graph, Launch
+from headrace.errors import DeviceError, DeviceMemoryError
+
+_INSTALL = "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
+_OLDEST = 75
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as cause:
+        raise DeviceError(_INSTALL) from cause
+    return driver
+
+
+def _check(result: tuple[Any, ...], operation: str) -> Any:
+    """The value of a driver call, or a DeviceError that names the operation and the cause."""
+    status, *values = result
+    driver = _driver()
+    if status == driver.CUresult.CUDA_SUCCESS:
+        return values[0] if len(values) == 1 else tuple(values)
+    _, text = driver.cuGetErrorString(status)
+    cause = text.decode() if text else str(status)
+    kind = DeviceMemoryError if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else DeviceError
+    raise kind(f"{operation}: {cause} ({status.name})")
+
+
+def device_count() -> int:
+    """Usable CUDA devices: 0 without a driver. Raises DeviceError without the Python packages."""
+    driver = _driver()
+    try:
+        status = driver.cuInit(0)[0]
+    except RuntimeError:  # the driver's library is not there
+        return 0
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return 0
+    return int(_check(driver.cuDeviceGetCount(), "counting devices"))
+
+
+class CUDAGraph:
+    def __init__(self, device: CUDADevice, executable: Any) -> None:
+        self._device, self._executable = device, executable
+
+    def launch(self) -> None:
+        self._device.counters.graph_launches += 1
+        driver = self._device.driver
+        _check(driver.cuGraphLaunch(self._executable, self._device.stream), "graph launch")
+
+    def close(self) -> None:
+        if self._executable is not None:
+            _check(self._device.driver.cuGraphExecDestroy(self._executable), "graph destroy")
+            self._executable = None
+
+
+class CUDADevice:
+    """GPU ``index`` of those CUDA_VISIBLE_DEVICES shows."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.driver = driver = _driver()
+        count = device_count()
+        if index >= count:
+            raise DeviceError(
+                f"CUDA device {index} was asked for, and {count} are usable: check `nvidia-smi` and "
+                "the driver, or use --device cpu"
+            )
+        handle = _check(driver.cuDeviceGet(index), "device")
+        self._pid = os.getpid()
+        self._handle = handle
+        attribute = driver.CUdevice_attribute
+
+        def get(name: str) -> int:
+            key = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return int(_check(driver.cuDeviceGetAttribute(key, handle), name))
+
+        self.arch = 10 * get("COMPUTE_CAPABILITY_MAJOR") + get("COMPUTE_CAPABILITY_MINOR")
+        self.sm_count = get("MULTIPROCESSOR_COUNT")
+        self.shared_limit = get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        name: bytes = _check(driver.cuDeviceGetName(128, handle), "name")
+        self._name = name.rstrip(b"\0").decode()
+        if self.arch < _OLDEST:
+            raise DeviceError(
+                f"{self._name} has compute capability {self.arch / 10}, and the kernels need "
+                f"{_OLDEST / 10} (Turing) or later: use --device cpu"
+            )
+        # NVRTC's name of the architecture; Hopper's own instructions need the suffix.
+        self.target = "90a" if self.arch == 90 else str(self.arch)
+        self.counters = Counters()
+        self._context = _check(driver.cuDevicePrimaryCtxRetain(handle), "context")
+        _check(driver.cuCtxSetCurrent(self._context), "context")
+        self.stream = _check(driver.cuStreamCreate(1), "stream")  # 1: apart from the default stream
+        self._functions: dict[Specialisation, Any] = {}
+        self._modules: list[Any] = []
+        self._prepared: dict[int, tuple[Launch, Any, Any, list[Any]]] = {}
+        self._pinned: dict[int, int] = {}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def free_bytes(self) -> int:
+        free, _ = _check(self.driver.cuMemGetInfo(), "memory information")
+        return int(free)
+
+    def allocate(self, n_bytes: int, purpose: str) -> int:
+        status, pointer = self.driver.cuMemAlloc(n_bytes)
+        if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise DeviceMemoryError(
+                f"{purpose}: {n_bytes:,} bytes wanted on {self.name}, {self.free_bytes():,} free: "
+                "use a smaller model, a shorter context or fewer sequences"
+            )
+        return int(_check((status, pointer), f"allocating {n_bytes:,} bytes for {purpose}"))
+
+    def free(self, address: int) -> None:
+        if address in self._pinned:
+            del self._pinned[address]
+            _check(self.driver.cuMemFreeHost(address), "free")
+        else:
+            _check(self.driver.cuMemFree(address), "free")
+
+    def allocate_pinned(self, n_bytes: int) -> tuple[int, NDArray[np.uint8]]:
+        address = int(_check(self.driver.cuMemAllocHost(n_bytes), f"pinning {n_bytes:,} bytes"))
+        self._pinned[address] = n_bytes
+        view = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+        view[:] = 0
+        return address, view  # one address space: the device uses the host's address
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        flat = np.ascontiguousarray(data)
+        self.counters.bytes_to_device += flat.nbytes
+        # From pageable memory the driver copies before it returns.
+        _check(
+            self.driver.cuMemcpyHtoDAsync(address, flat.ctypes.data, flat.nbytes, self.stream),
+            f"copying {flat.nbytes:,} bytes to the device",
+        )
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        out = np.empty(array.shape, array.dtype)
+        self.counters.bytes_to_host += out.nbytes
+        _check(
+            self.driver.cuMemcpyDtoHAsync(out.ctypes.data, array.address, out.nbytes, self.stream),
+            f"copying {out.nbytes:,} bytes to the host",
+        )
+        self.synchronise()
+        return out
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        _check(
+            self.driver.cuMemcpyDtoDAsync(target, source, n_bytes, self.stream),
+            f"copying {n_bytes:,} bytes on the device",
+        )
+
+    def clear(self, address: int, n_bytes: int) -> None:
+        _check(
+            self.driver.cuMemsetD8Async(address, 0, n_bytes, self.stream),
+            f"clearing {n_bytes:,} bytes",
+        )
+
+    def prepare(self, specs: Iterable[Specialisation]) -> None:
+        missing = [spec for spec in dict.fromkeys(specs) if spec not in self._functions]
+        driver = self.driver
+        for spec, code in cubins(missing, self.target).items():
+            module = _check(driver.cuModuleLoadData(code), f"loading {spec.name}")
+            function = _check(driver.cuModuleGetFunction(module, spec.name.encode()), spec.name)
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, limit, self.shared_limit), spec.name)
+            self._modules.append(module)
+            self._functions[spec] = function
+
+    def launch(self, launch: Launch) -> None:
+        prepared = self._prepared.get(id(launch))
+        if prepared is None or prepared[0] is not launch:
+            prepared = self._prepared[id(launch)] = self._prepare_launch(launch)
+        _, function, config, keep = prepared
+        self.counters.kernel_launches += 1
+        result = self.driver.cuLaunchKernelEx(config, function, keep[0], 0)
+        _check(result, f"launching {launch.spec.name} {launch.grid} x {launch.threads}")
+
+    def _prepare_launch(self, launch: Launch) -> tuple[Launch, Any, Any, list[Any]]:
+        driver = self.driver
+        if launch.spec not in self._functions:
+            self.prepare([launch.spec])
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
+        config.hStream = self.stream
+        if self.arch >= 90:
+            # The kernel may start before its predecessor ends; it waits for it itself.
+            attribute = driver.CUlaunchAttribute()
+            kinds = driver.CUlaunchAttributeID
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(launch.arguments))
+        if len(self._prepared) > 1 << 16:
+            self._prepared.clear()
+        return launch, self._functions[launch.spec], config, [ctypes.addressof(pointers), pointers]
+
+    def capture(self, record: Callable[[], None]) -> Graph:
+        driver = self.driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        launches = self.counters.kernel_launches
+        _check(driver.cuStreamBeginCapture(self.stream, mode), "capture")
+        try:
+            record()
+        finally:
+            graph = _check(driver.cuStreamEndCapture(self.stream), "capture")
+            self.counters.kernel_launches = launches
+        executable = _check(driver.cuGraphInstantiate(graph, 0), "graph")
+        _check(driver.cuGraphDestroy(graph), "graph")
+        _check(driver.cuGraphUpload(executable, self.stream), "graph upload")
+        return CUDAGraph(self, executable)
+
+    def idle(self) -> bool:
+        status = self.driver.cuStreamQuery(self.stream)
+        if status[0] == self.driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        _check(status, "the work queued before")
+        return True
+
+    def synchronise(self) -> None:
+        self.counters.synchronisations += 1
+        _check(self.driver.cuStreamSynchronize(self.stream), "waiting for the device")
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        """Seconds between the start and the end of what ``work`` queues, by device events."""
+        driver = self.driver
+        events = [_check(driver.cuEventCreate(0), "event") for _ in range(2)]
+        _check(driver.cuEventRecord(events[0], self.stream), "event")
+        work()
+        _check(driver.cuEventRecord(events[1], self.stream), "event")
+        self.synchronise()
+        milliseconds = _check(driver.cuEventElapsedTime(*events), "event")
+        for event in events:
+            _check(driver.cuEventDestroy(event), "event")
+        return float(milliseconds) / 1e3
+
+    def close(self) -> None:
+        if self._context is None:
+            return
+        self.synchronise()
+        self._prepared.clear()
+        for module in self._modules:
+            _check(self.driver.cuModuleUnload(module), "unload")
+        self._modules, self._functions = [], {}
+        _check(self.driver.cuStreamDestroy(self.stream), "stream")
+        _check(self.driver.cuDevicePrimaryCtxRelease(self._handle), "context")
+        self._context = None

@@ -1,0 +1,303 @@
+"""Operations to launches: what each of the seven becomes on the device, over fixed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.cuda import arguments as c
+from headrace.cuda import launchers
+from headrace.cuda.arena import Arena
+from headrace.cuda.device import Device, DeviceArray, Launch
+from headrace.cuda.launchers import GROUP, MAX_SPLITS, Activations, CacheShape, Tuning, padded
+from headrace.cuda.layout import FLOAT_TYPES
+from headrace.cuda.weights import WeightIndex, row_order
+from headrace.errors import ModelError
+from headrace.model.decoder import Decoder
+from headrace.model.operations import (
+    Activation,
+    Attend,
+    Embed,
+    FeedForwardIn,
+    FeedForwardOut,
+    Head,
+    Linear,
+    Norm,
+    Operation,
+    ProjectOut,
+    ProjectQKV,
+)
+
+_ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a step finds its rows: int32 arrays on the device."""
+
+    tokens: DeviceArray
+    positions: DeviceArray
+    slots: DeviceArray
+    page_table: DeviceArray
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's launches depend on. ``longest``: a bound on position + 1 of its rows;
+    ``logit_runs``: (first row, rows) of each run of consecutive rows whose logits are wanted."""
+
+    n_rows: int
+    longest: int
+    logit_runs: tuple[tuple[int, int], ...]
+
+
+class Lowering:
+    """Plans the activation arena for ``max_rows``, and turns a :class:`Step` into launches."""
+
+    def __init__(
+        self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
+        floats: bool, tuning: Tuning,
+    ) -> None:  # fmt: skip
+        self.decoder, self.device, self.weights = decoder, device, weights
+        self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
+        self.arena = Arena("activations")
+        self.caches: list[LayerCache] = []
+        self.inputs: Inputs | None = None
+        self._gains = dict(zip(decoder.operations, _next_norms(decoder), strict=True))
+        self.cache_shapes = _cache_shapes(decoder)
+        self._reserve()
+
+    # What is planned
+
+    def _reserve(self) -> None:
+        config, rows, operations = self.decoder.config, self.max_rows, self.decoder.operations
+        projections = [op for op in operations if isinstance(op, ProjectQKV)]
+        heads = max(op.n_heads * op.head_dim for op in projections)
+        self._reserve_activations("x", config.d_model, values=True, squares=True)
+        out_floats = any(
+            self._reads_floats(op.out) for op in operations if isinstance(op, ProjectOut)
+        )
+        self._reserve_activations("attention", heads, values=out_floats)
+        down = [op.down for op in operations if isinstance(op, FeedForwardOut)]
+        hidden_floats = any(self._reads_floats(linear) for linear in down)
+        self._reserve_activations("hidden", max(linear.k for linear in down), values=hidden_floats)
+        self.arena.reserve("q", (rows, heads), np.float32)
+        widest = max(op.q.n + op.k.n + op.v.n for op in projections)
+        self.arena.reserve("dense", (rows, max(config.d_model, widest)), np.float32)
+        self.arena.reserve("logits", (rows, config.n_vocab), np.float32)
+        shapes = self.cache_shapes.values()
+        blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
+        n_heads, dim = max(s.n_heads for s in shapes), max(s.cache_dim for s in shapes)
+        self.arena.reserve("attention splits", (rows, n_heads, MAX_SPLITS, dim), np.float32)
+        self.arena.reserve("attention maxima", (rows, n_heads, MAX_SPLITS, 2), np.float32)
+        self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
+        self.arena.reserve("argmax best", (launchers.ARGMAX_BLOCKS,), np.uint64)
+        self.arena.reserve("argmax arrivals", (1,), np.uint32)
+        self.arena.reserve("argmax step", (1,), np.uint64)
+
+    def _reads_floats(self, *linears: Linear) -> bool:
+        return self.floats or any(
+            self.decoder.weights[linear.weight].qtype in FLOAT_TYPES for linear in linears
+        )
+
+    def _reserve_activations(
+        self, name: str, width: int, *, values: bool, squares: bool = False
+    ) -> None:
+        if width % GROUP:
+            raise ModelError(f"a width of {width}: the CUDA backend needs a multiple of {GROUP}")
+        groups = padded(width) // GROUP
+        if values:
+            self.arena.reserve(f"{name} values", (self.max_rows, width), np.float32)
+        self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
+        self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
+        if squares:
+            self.arena.reserve(f"{name} squares", (self.max_rows, width // GROUP), np.float32)
+
+    def activations(self, name: str) -> Activations:
+        def get(part: str) -> DeviceArray | None:
+            key = f"{name} {part}"
+            return self.arena.get(key)
+
+        quants = self.arena[f"{name} quants"]
+        width = {"x": self.decoder.config.d_model}.get(name) or self._width(name)
+        return Activations(
+            width,
+            self.max_rows,
+            get("values"),
+            quants,
+            self.arena[f"{name} scales"],
+            get("squares"),
+        )
+
+    def _width(self, name: str) -> int:
+        operations = self.decoder.operations
+        if name == "hidden":
+            return max(op.down.k for op in operations if isinstance(op, FeedForwardOut))
+        return max(op.n_heads * op.head_dim for op in operations if isinstance(op, ProjectQKV))
+
+    def clear(self) -> None:
+        """Zero what kernels expect zero, also after a fault: the arrival counters."""
+        for name in ("attention arrivals", "argmax arrivals"):
+            self.device.clear(self.arena[name].address, self.arena[name].n_bytes)
+
+    # What runs
+
+    def launches(self, step: Step) -> list[Launch]:
+        return [launch for op in self.decoder.operations for launch in self.lower(op, step)]
+
+    def lower(self, operation: Operation, step: Step) -> Iterator[Launch]:
+        match operation:
+            case Embed():
+                yield from self._embed(operation, step)
+            case ProjectQKV():
+                yield from self._project_qkv(operation, step)
+            case Attend():
+                yield from self._attend(operation, step)
+            case ProjectOut(out=linear, post_norm=post_norm):
+                yield from self._residual(operation, "attention", linear, post_norm, step)
+            case FeedForwardIn():
+                yield from self._feed_forward_in(operation, step)
+            case FeedForwardOut(down=linear, post_norm=post_norm):
+                yield from self._residual(operation, "hidden", linear, post_norm, step)
+            case Head():
+                yield from self._head(operation, step)
+
+    def _gain(self, operation: Operation) -> int:
+        return self.weights.vector(self._gains[operation].weight)
+
+    def _embed(self, op: Embed, step: Step) -> Iterator[Launch]:
+        assert self.inputs is not None
+        matrix = self.weights.matrix(op.weight)
+        x = self.activations("x").at(0)
+        arguments = c.Embed(matrix.address, self.inputs.tokens.address, x, self._gain(op))
+        yield launchers.embed(matrix, arguments, step.n_rows, scale=op.scale)
+
+    def _cache(self, layer: int) -> c.Cache:
+        assert self.inputs is not None
+        i, cache = self.inputs, self.caches[layer]
+        return c.Cache(
+            cache.keys, cache.values, i.page_table.address, i.positions.address, i.slots.address,
+            i.page_table.shape[1],
+        )  # fmt: skip
+
+    def _project_qkv(self, op: ProjectQKV, step: Step) -> Iterator[Launch]:
+        shape, order = self.cache_shapes[op.layer], row_order(op)
+        w = self.weights
+        matrices = [w.linear(op.q, order), w.linear(op.k, order), w.linear(op.v)]
+        cache, turns, q = self._cache(op.layer), w.turns(op.rope), self.arena["q"].address
+        norms = [op.q_norm, op.k_norm]
+        separate = any(norms)
+        dense = self.arena["dense"].address
+        yield launchers.matvec(
+            self.device, matrices, self.activations("x"),
+            c.Store(dense) if separate else c.Rotary(q, cache, turns), step.n_rows,
+            norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
+            macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if separate else shape.macros,
+            tuning=self.tuning,
+        )  # fmt: skip
+        if separate:
+            gains = [w.vector(norm.weight, order) if norm else 0 for norm in norms]
+            eps = {norm.eps for norm in norms if norm}
+            if len(eps) > 1:
+                raise ModelError(f"layer {op.layer}: q and k norms with different epsilons {eps}")
+            yield launchers.rotary(
+                shape, c.RotaryHeads(dense, *gains, q, cache, turns), step.n_rows,
+                eps=eps.pop(), q_norm=op.q_norm is not None, k_norm=op.k_norm is not None,
+            )  # fmt: skip
+
+    def _attend(self, op: Attend, step: Step) -> Iterator[Launch]:
+        names = ("attention splits", "attention maxima", "attention arrivals")
+        work = [self.arena[name].address for name in names]
+        out = self.activations("attention").at(0)
+        arguments = c.Attend(self.arena["q"].address, self._cache(op.layer), out, *work)
+        yield launchers.attend(
+            self.cache_shapes[op.layer], arguments, step.n_rows, step.longest,
+            scale=op.scale, window=op.window, softcap=op.softcap,
+        )  # fmt: skip
+
+    def _residual(
+        self, op: Operation, source: str, linear: Linear, post_norm: Norm | None, step: Step
+    ) -> Iterator[Launch]:
+        matrix, x, dense = self.weights.linear(linear), self.activations("x"), self.arena["dense"]
+        residual = c.Residual(x.at(0), self._gain(op))
+        yield launchers.matvec(
+            self.device, [matrix], self.activations(source),
+            c.Store(dense.address) if post_norm else residual, step.n_rows, floats=self.floats,
+            macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if post_norm else None, tuning=self.tuning,
+        )  # fmt: skip
+        if post_norm:
+            gain = self.weights.vector(post_norm.weight)
+            arguments = c.PostNorm(dense.address, gain, x.at(0), self._gain(op))
+            yield launchers.post_norm(linear.n, arguments, step.n_rows, eps=post_norm.eps)
+
+    def _feed_forward_in(self, op: FeedForwardIn, step: Step) -> Iterator[Launch]:
+        w = self.weights
+        yield launchers.matvec(
+            self.device, [w.linear(op.gate), w.linear(op.up)], self.activations("x"),
+            c.Product(self.activations("hidden").at(0)), step.n_rows,
+            norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
+            macros={"ACTIVATION": _ACTIVATIONS[op.activation]}, tuning=self.tuning,
+        )  # fmt: skip
+
+    def _head(self, op: Head, step: Step) -> Iterator[Launch]:
+        done = 0
+        for first, n_rows in step.logit_runs:
+            yield launchers.matvec(
+                self.device, [self.weights.linear(op.out)], self.activations("x"),
+                c.Store(self.arena["logits"].row(done)), n_rows, first_row=first,
+                norm_eps=op.norm.eps, in_gain=self.weights.vector(op.norm.weight),
+                floats=self.floats, tuning=self.tuning,
+                macros={"LOGIT_SCALE": op.logit_scale, "SOFTCAP": op.softcap or 0.0},
+            )  # fmt: skip
+            done += n_rows
+
+    def argmax(self, ring: int, ring_size: int) -> Launch:
+        """The largest logit of row 0 becomes row 0's next token, one position on."""
+        assert self.inputs is not None
+        work = [self.arena[f"argmax {name}"].address for name in ("best", "arrivals")]
+        inputs = [self.inputs.tokens.address, self.inputs.positions.address]
+        step = self.arena["argmax step"].address
+        arguments = c.Argmax(self.arena["logits"].address, *work, *inputs, step, ring, ring_size)
+        return launchers.argmax(self.decoder.config.n_vocab, arguments)
+
+
+def _next_norms(decoder: Decoder) -> list[Norm]:
+    """For each operation, the norm that next reads the residual stream (Head's own for Head)."""
+    norms: list[Norm] = []
+    following: Norm | None = None
+    for operation in reversed(decoder.operations):
+        own = operation.norm if isinstance(operation, ProjectQKV | FeedForwardIn | Head) else None
+        if isinstance(operation, Head):
+            following = own
+        if following is None:
+            raise ModelError("the last operation of a decoder is its Head")
+        norms.append(following)
+        following = own or following
+    return norms[::-1]
+
+
+def _cache_shapes(decoder: Decoder) -> dict[int, CacheShape]:
+    return {
+        op.layer: CacheShape(op.n_heads, op.n_kv_heads, op.head_dim, op.rope.dim, op.rope.magnitude)
+        for op in decoder.operations
+        if isinstance(op, ProjectQKV)
+    }
+
+
+def runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending row numbers as (first, count) of consecutive ones."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and sum(found[-1]) == row:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((int(row), 1))
+    return tuple(found)

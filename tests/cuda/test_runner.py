@@ -1,0 +1,125 @@
+"""Whole tiny models on the CUDA backend, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import batches
+import numpy as np
+import pytest
+
+from headrace.cuda.decode import GreedyDecode
+from headrace.cuda.device import Device
+from headrace.cuda.runner import CUDARunner
+from headrace.errors import ContextOverflowError
+from headrace.gguf.reader import open_gguf
+from headrace.model.loader import load_decoder
+from headrace.reference.runner import ReferenceRunner
+from headrace.synth import write_synthetic
+
+TOKENS = [5, 9, 301, 44, 17, 260, 3, 128, 77, 410, 8, 8, 96, 201, 33]
+
+
+def decoder_of(path: Path):
+    return load_decoder(open_gguf(path))
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory):
+    folder, made = tmp_path_factory.mktemp("synthetic"), {}
+
+    def get(shape: str, recipe: str):
+        if (shape, recipe) not in made:
+            path = folder / f"{shape}-{recipe}.gguf"
+            write_synthetic(path, shape, recipe)
+            made[shape, recipe] = decoder_of(path)
+        return made[shape, recipe]
+
+    return get
+
+
+def logits_of(runner, tokens=TOKENS, chunks=(15,), pages: int = 2) -> np.ndarray:
+    """Logits at every position, the tokens in chunks of these lengths."""
+    runner.allocate_cache(pages)
+    out, start = [], 0
+    for length in chunks:
+        out.append(runner.step(batches.one_sequence(tokens[start : start + length], start)))
+        start += length
+    return np.concatenate(out)
+
+
+def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [
+        ("llama-tiny", "Q4_K_M"),
+        ("qwen2-tiny", "Q5_K_M"),
+        ("qwen3-tiny", "Q3_K_M"),
+        ("gemma3-tiny", "Q4_0"),
+    ],
+)
+def test_families_with_float_activations(
+    device: Device, synthetic, shape: str, recipe: str
+) -> None:
+    """What is left is the f16 cache and the order of sums."""
+    decoder = synthetic(shape, recipe)
+    wanted = logits_of(ReferenceRunner(decoder))
+    runner = CUDARunner(decoder, device, float_activations=True, max_rows=8)
+    got = logits_of(runner)
+    assert relative(got, wanted) < 1e-3
+    runner.close()
+
+
+def test_int8_activations_one_token_at_a_time(device: Device, synthetic) -> None:
+    decoder = synthetic("llama-tiny", "Q4_K_M")
+    wanted = logits_of(ReferenceRunner(decoder))
+    runner = CUDARunner(decoder, device, max_rows=4)
+    got = logits_of(runner, chunks=[1] * len(TOKENS))
+    assert relative(got, wanted) < 0.04
+    # Chunks of any length, and passes over a long one, are the same step with other rows.
+    np.testing.assert_array_equal(logits_of(runner, chunks=(7, 1, 2, 5)), got)
+    runner.close()
+
+
+def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
+    decoder = synthetic("llama-tiny", "Q4_K_M")
+    runner = CUDARunner(decoder, device, max_rows=4)
+    runner.allocate_cache(4)
+    pages, prompt = [3, 1], TOKENS[:5]
+
+    def stepwise(count: int) -> list[int]:
+        ids: list[int] = []
+        tokens, start = prompt, 0
+        while len(ids) < count:
+            batch = batches.one_sequence(tokens, start, [len(tokens) - 1], pages)
+            start += len(tokens)
+            tokens = [int(runner.step(batch)[0].argmax())]
+            ids += tokens
+        return ids
+
+    wanted = stepwise(70)
+    runner.step(batches.one_sequence(prompt, 0, [4], pages))
+    decode = GreedyDecode(runner)
+    decode.start(wanted[0], len(prompt), pages)
+    before = replace(runner.counters)
+    got = list(decode.tokens(69))
+    assert got == wanted[1:]
+    after = runner.counters
+    assert after.graph_launches - before.graph_launches == 69
+    assert after.synchronisations == before.synchronisations
+    assert after.bytes_to_host == before.bytes_to_host
+
+    # Cancelled after a few, then something else, then again from the start: the same tokens.
+    decode.start(wanted[0], len(prompt), pages)
+    assert [token for token, _ in zip(decode.tokens(20), range(3), strict=False)] == wanted[1:4]
+    runner.step(batches.one_sequence(TOKENS, 0, [0], [0, 2]))
+    decode.start(wanted[0], len(prompt), pages)
+    assert list(decode.tokens(20)) == wanted[1:21]
+    with pytest.raises(ContextOverflowError, match="do not fit 128"):
+        next(decode.tokens(104))
+    decode.close()
+    runner.close()
