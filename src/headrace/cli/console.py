@@ -68,13 +68,14 @@ def byte_progress(verb: str) -> Iterator[hub.Progress]:
 
 
 def _line_for_every_tenth(verb: str) -> hub.Progress:
-    said = -1
+    """Not more than one a second, but always the first and the last."""
+    said, at = -1, 0.0
 
     def show(what: str, done: int, total: int) -> None:
-        nonlocal said
-        tenth = 10 * done // total
-        if tenth > said:
-            said = tenth
+        nonlocal said, at
+        tenth, now = 10 * done // total, time.monotonic()
+        if tenth > said and (now > at + 1 or tenth == 10):
+            said, at = tenth, now
             say(f"{verb} {what}: {10 * tenth}% of {size(total)}")
 
     return show
