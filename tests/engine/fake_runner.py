@@ -178,3 +178,5 @@ def check_pages(engine: Engine) -> None:
         assert row.tolist() == sequence.pages
     for sequence in engine.scheduler.waiting:
         assert not sequence.pages
+    in_order = [*engine.scheduler.running, *engine.scheduler.waiting]
+    assert in_order == sorted(in_order, key=lambda sequence: sequence.clock.added)

@@ -68,12 +68,14 @@ def test_a_generating_sequence_moves_on_in_every_step_beside_a_long_prompt() -> 
 
 
 def test_first_come_first_served() -> None:
-    engine = make_engine(chunk=50, max_sequences=3, n_pages=64)
+    engine = make_engine(chunk=50, chunk_beside=50, max_sequences=3, n_pages=64)
     sequences = [add(engine, prompt(80, seed), max_tokens=5) for seed in range(9)]
     finished: list[object] = []
     while engine.step():
         finished += [s for s in sequences if s.finished and s not in finished]
     assert finished == sequences
+    # A whole chunk of prompts, of two if need be, and one row each for two that generate.
+    assert max(len(batch.tokens) for batch in engine.runner.batches) == 52
 
 
 class TestPreemption:

@@ -64,6 +64,7 @@ class TestCancel:
             # pages that the step is writing.
             runner.before_step = lambda batch: None
             engine.cancel(sequence)
+            engine.cancel(sequence)
             assert sequence.pages
 
         runner.before_step = cancel
@@ -110,6 +111,18 @@ class TestErrors:
         for sequence in sequences:
             assert sequence.finish_reason == "length"
         assert engine.pool.n_held == 0
+
+    def test_the_last_page_of_a_failed_request_is_not_reused(self) -> None:
+        runner = FakeRunner()
+        engine = make_engine(runner)
+        bad = add(engine, prompt(30))
+        engine.step()
+        runner.before_step = lambda batch: 1 / 0
+        engine.step()
+        assert bad.finish_reason == "error"
+        runner.before_step = lambda batch: None
+        again = run(engine, prompt(30), max_tokens=3)
+        assert again.completion().timings.cached_tokens == 0
 
     def test_any_other_exception_is_a_device_error_with_its_cause(self) -> None:
         runner = FakeRunner()

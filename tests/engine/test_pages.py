@@ -162,6 +162,17 @@ def test_full_pages_are_shared_and_counted() -> None:
     assert pool.match(tokens[PAGE_SIZE:]).pages == []
 
 
+def test_a_page_is_known_by_all_that_comes_before_it() -> None:
+    pool = PagePool(5)
+    a, b, x, y = ([i] * PAGE_SIZE for i in range(4))
+    for pages in ([a, x, y], [b, x]):
+        prefix = ROOT
+        for tokens in pages:
+            pool.publish(pool.allocate(), prefix, tokens)
+            prefix = extend_prefix(prefix, tokens)
+    assert pool.match([*b, *x, *y]).pages == [3, 4]
+
+
 def test_releasing_what_is_not_held_is_an_error() -> None:
     pool = PagePool(1)
     page = pool.allocate()
