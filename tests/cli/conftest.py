@@ -21,6 +21,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def endless(tiny: str) -> str:
+    """The same without a token that ends an answer: it goes on to the end of the context."""
+    path = Path(tiny).with_name("endless.gguf")
+    content = Path(tiny).read_bytes()
+    for old, new in (
+        (b"tokenizer.ggml.eos_token_id", b"tokenizer.ggml.xxx_token_id"),
+        (b"<|im_end|>", b"<|im_xxx|>"),
+        (b"<|end_of_text|>", b"<|xxx_xx_xxxx|>"),
+    ):
+        assert old in content
+        content = content.replace(old, new)
+    path.write_bytes(content)
+    return str(path)
+
+
 @pytest.fixture
 def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Headrace:
     """Call the program with these arguments, in this process."""

@@ -118,8 +118,8 @@ def test_without_a_prompt_it_says_how_to_give_one(
     assert "give a PROMPT, or pipe one in" in headrace("run", tiny).err
 
 
-def test_ctrl_c_ends_it_quietly(start: Start, tiny: str) -> None:
-    process = start("run", tiny, "hello", "--device", "reference", "--temp", "1", "-n", "2000")
+def test_ctrl_c_ends_it_quietly(start: Start, endless: str) -> None:
+    process = start("run", endless, "hello", "--device", "reference", "--temp", "1", "-n", "2000")
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -129,8 +129,8 @@ def test_ctrl_c_ends_it_quietly(start: Start, tiny: str) -> None:
     assert "headrace:" not in err
 
 
-def test_a_reader_that_leaves_ends_it_quietly(start: Start, tiny: str) -> None:
-    process = start("run", tiny, "hello", "--device", "reference", "--temp", "1", "-n", "2000")
+def test_a_reader_that_leaves_ends_it_quietly(start: Start, endless: str) -> None:
+    process = start("run", endless, "hello", "--device", "reference", "--temp", "1", "-n", "2000")
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(1)

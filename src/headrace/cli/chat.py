@@ -84,7 +84,7 @@ def chat(
         if sys.stdin.isatty():
             console.say(f"{model} on {loaded.engine.runner.device_name}; /help for help")
         for message in _messages():
-            with _ctrl_c_calls(conversation.stop):
+            with _ctrl_c_calls(lambda: conversation.stop()):  # whatever it is by then
                 if not conversation.take(message):
                     break
 
