@@ -50,10 +50,11 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
     except HeadraceError as error:
         return facts | {"supported": False, "unsupported_because": str(error)}
     from headrace.bench import KV_VALUE_BYTES, kv_values_per_position, weight_bytes_per_step
+    from headrace.engine.engine import DEFAULT_CONTEXT
 
     per_position = KV_VALUE_BYTES * kv_values_per_position(decoder)
     longest = decoder.config.context_length
-    lengths = {context or 0, 4096, 32768, longest}
+    lengths = {context or 0, min(DEFAULT_CONTEXT, longest), longest}
     return facts | {
         "supported": True,
         "config": asdict(decoder.config),
