@@ -11,7 +11,7 @@ group described by :data:`GROUP_RECORD`. Float weights (F32, F16, BF16) multiply
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -122,12 +122,10 @@ class _Kernel:
         b, tile = self.b, self.tile
         total = tile.variable(tile.vec(f32), tile.zeros())
         block = self.qtype.block_size
-        ahead = b.mul(self.row_bytes, _const(self.isa.lanes))
+        tile_bytes = b.mul(self.row_bytes, _const(self.isa.lanes))
         with tile.loop(_const(0), b.sdiv(self.k, _const(block))) as i:
             here = b.mul(i, _const(self.qtype.block_bytes))
-            for row in rows:  # the next tile's block, into the cache while this one is computed
-                for line in range(0, self.qtype.block_bytes, 64):
-                    tile.prefetch(b.add(b.add(row, ahead), b.add(here, _const(line))))
+            lines = self._prefetches(b.add(b.add(rows[0], tile_bytes), b.mul(here, _const(self.isa.lanes))))
             start = b.mul(i, _const(block))
             x = b.add(self.x, start)
             records = b.add(self.records, start)  # 16 bytes for 16 activations
@@ -138,7 +136,18 @@ class _Kernel:
                     self._add_group(unpacker, b.load(total), group, here_x, here_records), total
                 )
                 at += unpacker.group
+                next(lines)
         tile.store(b.load(total), self.totals, 4)
+
+    def _prefetches(self, start: Value) -> Iterator[None]:
+        """Prefetch the next tile while this one is computed: as many bytes as a block of each row,
+        in the order of memory, a part of them each time the iterator is advanced."""
+        groups = self.qtype.block_size // UNPACKERS[self.qtype].group
+        lines = list(range(0, self.qtype.block_bytes * self.isa.lanes, 64))
+        for g in range(groups):
+            for line in lines[len(lines) * g // groups : len(lines) * (g + 1) // groups]:
+                self.tile.prefetch(self.tile.at(start, line))
+            yield
 
     def _add_group(
         self, unpacker: Unpacker, total: Value, group: Group, x: Value, records: Value

@@ -226,6 +226,10 @@ class Plan:
     def _norm(self, address: str, eps: str, norm: Norm | None) -> dict[str, Any]:
         return {} if norm is None else {address: self.vector(norm.weight), eps: norm.eps}
 
+    def vector_values(self, name):
+        self.vector(name)
+        return self._vectors[name]
+
     def vector(self, name: str | None) -> int:
         """Address of a vector weight as float32 (kept alive here), or 0."""
         if name is None:

@@ -47,6 +47,12 @@ def _fifth_bits(tile: Tile, bits: Value) -> list[Value]:
     ]
 
 
+def _move_bits(tile: Tile, v: Value, source: int, target: int, mask: int) -> Value:
+    """The bits at ``source`` of every byte moved to ``target``, where ``mask`` keeps them."""
+    by = target - source
+    return tile.mask(tile.shl(v, by) if by > 0 else tile.shr(v, -by), mask)
+
+
 def _or(tile: Tile, a: Sequence[Value], c: Sequence[Value]) -> list[Value]:
     return [tile.b.or_(x, y) for x, y in zip(a, c, strict=True)]
 
@@ -121,10 +127,10 @@ def _q3_k(tile: Tile, rows: Rows) -> Iterator[Group]:
             g = 8 * half + j
             part = slice(4 * (j % 2), 4 * (j % 2) + 4)
             low = [tile.mask(tile.shr(v, j & 6), two) for v in packed[part]]
-            bit = [tile.mask(tile.shr(v, g // 2), 0x01010101) for v in third[part]]
+            bit = [_move_bits(tile, v, g // 2, 2, 0x04040404) for v in third[part]]
             six = tile.mask(tile.shr(scales[g // 4], 8 * (g % 4)), 63)
             yield Group(
-                _or(tile, low, [tile.shl(v, 2) for v in bit]),
+                _or(tile, low, bit),
                 b.fmul(d, tile.to_float(b.sub(six, tile.ints(32)))),
             )
 
@@ -165,7 +171,7 @@ def _q5_k(tile: Tile, rows: Rows) -> Iterator[Group]:
     for chunk in range(4):
         packed = tile.dwords(rows, 48 + 32 * chunk) + tile.dwords(rows, 64 + 32 * chunk)
         for g, nibbles in ((2 * chunk, _low), (2 * chunk + 1, _high)):
-            fifth = [tile.shl(tile.mask(tile.shr(v, g), 0x01010101), 4) for v in bits]
+            fifth = [_move_bits(tile, v, g, 4, 0x10101010) for v in bits]
             yield Group(_or(tile, nibbles(tile, packed), fifth), *next(scales))
 
 
@@ -178,9 +184,9 @@ def _q6_k(tile: Tile, rows: Rows) -> Iterator[Group]:
         for j in range(8):
             g = 8 * half + j
             nibbles = (_low if j < 4 else _high)(tile, low[j % 4])
-            pairs = [tile.mask(tile.shr(v, j & 6), 0x03030303) for v in top[j % 2]]
+            pairs = [_move_bits(tile, v, j & 6, 4, 0x30303030) for v in top[j % 2]]
             yield Group(
-                _or(tile, nibbles, [tile.shl(v, 4) for v in pairs]),
+                _or(tile, nibbles, pairs),
                 tile.b.fmul(d, tile.to_float(tile.signed_byte(scales[g // 4], g % 4))),
             )
 
