@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,15 @@ def weight_bytes(launch: Launch, runner: CUDARunner) -> int:
 def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
     """Each kind of launch of one token, timed as a graph of all its occurrences in a row."""
     device = runner.device
+    runner.set_row(1, depth, list(range(depth // PAGE_SIZE + 1)))
     step = Step(1, depth + 1, ((0, 1),))
     kinds: dict[str, list[Launch]] = {}
+    tuning = runner.lowering.tuning
+    runner.lowering.tuning = replace(tuning, ahead=0)  # what follows here is not what follows there
     for operation in runner.decoder.operations:
         for launch in runner.lowering.lower(operation, step):
             kinds.setdefault(f"{type(operation).__name__} {launch.spec.name}", []).append(launch)
+    runner.lowering.tuning = tuning
     rows = []
     for kind, launches in kinds.items():
         repeated = launches * (-(-32 // len(launches)))  # long enough to time
@@ -168,9 +173,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
-    parser.add_argument("--tunings", nargs="*", default=["16,2,1"], help="warps,stages,exclusive")
+    parser.add_argument(
+        "--tunings", nargs="*", default=["16,2,1,128"], help="warps,stages,exclusive,ahead KiB"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-breakdown", action="store_true")
     options = parser.parse_args()
 
     device = CUDADevice()
@@ -182,8 +190,8 @@ def main() -> None:
         decoder = synthetic(name, options.recipe, options.folder)
         print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
         for text in options.tunings:
-            warps, stages, exclusive = (int(part) for part in text.split(","))
-            tuning = Tuning(warps, stages, bool(exclusive))
+            warps, stages, exclusive, ahead = (int(part) for part in text.split(","))
+            tuning = Tuning(warps, stages, bool(exclusive), ahead << 10)
             start = time.perf_counter()
             runner = CUDARunner(decoder, CUDADevice(), max_rows=8, tuning=tuning)
             load = time.perf_counter() - start
@@ -200,7 +208,7 @@ def main() -> None:
                 print(f"{name} {text} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s ({d['us']['median']:.0f} us by "
                       f"events, {d['us']['low']:.0f} to {d['us']['high']:.0f}), {rate:,.0f} GB/s of weights = "
                       f"{rate / ceiling:.1%}", flush=True)  # fmt: skip
-            parts = breakdown(runner, options.depths[0])
+            parts = [] if options.no_breakdown else breakdown(runner, options.depths[0])
             for part in parts:
                 print(f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us {part['gb_per_s']:7,.0f} GB/s "
                       f"= {part['gb_per_s'] / ceiling:.1%}", flush=True)  # fmt: skip

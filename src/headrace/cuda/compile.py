@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from headrace.errors import DeviceError
@@ -102,14 +102,12 @@ def _cached(key_parts: Iterable[object], suffix: str, build: Callable[[], bytes]
     return path
 
 
-def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, Resources]:
-    """Compile for ``arch`` ("75" … "90a", "120") with NVRTC, which needs no GPU."""
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as cause:
-        raise DeviceError(
-            "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
-        ) from cause
+def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, str]:
+    """Compile for ``arch`` ("75" … "90a", "120") with NVRTC, which needs no GPU: machine code, and
+    the compiler's log."""
+    _nvrtc_version()
+    from cuda.core import Program, ProgramOptions
+
     number = int("".join(c for c in arch if c.isdigit()))
     options = ProgramOptions(
         std="c++17",
@@ -117,6 +115,7 @@ def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, Resources]:
         include_path=str(KERNELS),
         define_macro=[f"{name}={text}" for name, text in (*spec.macros, ("ARCH", str(number)))],
         ptxas_options=["-v"],
+        no_cache=True,  # we have our own, and from NVRTC's no log comes
     )
     log = io.StringIO()
     try:
@@ -126,12 +125,12 @@ def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, Resources]:
         raise DeviceError(
             f"compiling {spec.name} for sm_{arch} failed: {cause}\n{log.getvalue()}"
         ) from cause
-    return code, _resources(log.getvalue())
+    return code, log.getvalue()
 
 
-def _resources(log: str) -> Resources:
-    import re
-
+def resources(spec: Specialisation, arch: str) -> Resources:
+    """Compile, and say what the kernel takes."""
+    log = nvrtc(spec, arch)[1]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     if not registers:
@@ -141,9 +140,14 @@ def _resources(log: str) -> Resources:
 
 @cache
 def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc as library
-
-    return f"{library.nvrtcVersion()[1:]} cuda-core {metadata.version('cuda-core')}"
+    try:
+        import cuda.core
+        from cuda.bindings import nvrtc as library
+    except ImportError as cause:
+        raise DeviceError(
+            "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
+        ) from cause
+    return f"{library.nvrtcVersion()[1:]} cuda-core {cuda.core.__version__}"
 
 
 def cubin(spec: Specialisation, arch: str) -> bytes:
@@ -155,6 +159,8 @@ def cubin(spec: Specialisation, arch: str) -> bytes:
 def cubins(specs: Iterable[Specialisation], arch: str) -> dict[Specialisation, bytes]:
     """Many at once, on all cores."""
     wanted = list(dict.fromkeys(specs))
+    if wanted:
+        _nvrtc_version()  # imports the compiler here: threads importing it at once fail
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(wanted, pool.map(lambda spec: cubin(spec, arch), wanted), strict=True))
 

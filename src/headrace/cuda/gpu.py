@@ -89,7 +89,7 @@ class CUDADevice:
         self.sm_count = get("MULTIPROCESSOR_COUNT")
         self.shared_limit = get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         name: bytes = _check(driver.cuDeviceGetName(128, handle), "name")
-        self._name = name.rstrip(b"\0").decode()
+        self._name = name.split(b"\0")[0].decode()
         if self.arch < _OLDEST:
             raise DeviceError(
                 f"{self._name} has compute capability {self.arch / 10}, and the kernels need "

@@ -3,7 +3,7 @@
 Which kernel runs for what:
 
 ====================  ==========================================================================
-``matvec``            every matrix; ROWS (1, 2, 4, 8 rows of activations at once) from the step's
+``matvec``            every matrix; ROWS (1, 2 or 4 rows of activations at once) from the step's
                       rows and the shared memory; int8 activations, or float ones when asked for
                       or when a matrix is F32, F16 or BF16
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
@@ -22,7 +22,7 @@ cp.async from sm_80, plain loads before (``Ring`` in kernels/primitives.cuh).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_void_p
+from ctypes import c_uint64, c_void_p
 from dataclasses import dataclass, field
 
 from headrace.cuda import arguments as c
@@ -93,6 +93,8 @@ class Tuning:
     exclusive: bool = True
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
     two, programmatic launches pile the blocks of one kernel onto few multiprocessors."""
+    ahead: int = 128 << 10
+    """Bytes of the next matvec's weights that a block asks into L2 when it has requested its own."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def matvec_shape(
     padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
     units = (padded_rows[0] if paired else sum(padded_rows)) // unit_rows
     grid = min(device.sm_count, units)
-    at_once = 1 if floats else min(8, 1 << (rows - 1).bit_length())
+    at_once = 1 if floats else min(4, 1 << (rows - 1).bit_length())
     unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
-    options = ((w, s, r) for r in (8, 4, 2, 1) for w in (16, 8, 4, 2, 1) for s in (4, 3, 2, 1))
+    options = ((w, s, r) for r in (4, 2, 1) for w in (16, 8, 4, 2, 1) for s in (4, 3, 2, 1))
     for warps, stages, r in options:
         if warps > tuning.warps or stages > tuning.stages or r > at_once:
             continue
@@ -147,11 +149,13 @@ def matvec(
     in_gain: int = 0,
     floats: bool = False,
     macros: dict[str, object] | None = None,
+    ahead: Sequence[tuple[int, int]] = (),
     tuning: Tuning = Tuning(),
 ) -> Launch:
     """``y = W x`` for one to three matrices over rows ``first_row …`` of x.
 
     ``norm_eps``: x was stored times the norm's weight, with its squares; divide by its RMS.
+    ``ahead``: (address, bytes) of up to two ranges of weights that the next matvec will read.
     ``floats``: read x's float values (times ``in_gain`` if there is a norm), not its int8 groups.
     """
     paired = isinstance(epilogue, c.Product)
@@ -184,6 +188,7 @@ def matvec(
         **{f"TYPE{i}": types[i] for i in range(3)},
         **{f"N{i}": sizes[i] for i in range(3)},
         "PAIRED": paired,
+        "AHEAD": tuning.ahead if ahead else 0,
         "UNIT_ROWS": unit_rows,
         "ROWS": shape.rows,
         "FLOAT_ACTIVATIONS": floats,
@@ -205,6 +210,8 @@ def matvec(
         in_gain,
         epilogue,
         n_rows,
+        (c_void_p * 2)(*(address for address, _ in ahead)),
+        (c_uint64 * 2)(*(n_bytes for _, n_bytes in ahead)),
     )
     grid = (shape.grid, -(-n_rows // shape.rows), 1)
     return Launch(

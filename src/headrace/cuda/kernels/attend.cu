@@ -117,9 +117,9 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
   const int kv_head = blockIdx.x / HEAD_TILES, tile = blockIdx.x % HEAD_TILES, row = blockIdx.z;
   const int first_head = kv_head * GROUP_HEADS + tile * TILE, heads = min(TILE, GROUP_HEADS - tile * TILE);
   dependents_launch();
-  dependency_wait();
   const int position = load_fresh(a.cache.positions + row), slot = load_fresh(a.cache.slots + row);
   const Splits splits = splits_of(position);
+  dependency_wait();
   if (blockIdx.y >= splits.count) return;
 
   for (int i = warp; i < FRAGMENTS; i += WARPS) {

@@ -20,24 +20,27 @@ struct Share {
   float2 wa, wb;      // (scale, offset) of group a and of group b
 };
 
-// Bytes before plane P, and of all planes, in a tile of `blocks` blocks a row.
+// Planes of these bytes a block. Folds, not loops over a table: with a run-time number of blocks a table
+// would lie in local memory, read for every block.
 template <int... SIZES> struct Planes {
-  static constexpr int COUNT = sizeof...(SIZES);
-  static DEVICE constexpr int offset(int plane, int blocks) {
-    const int sizes[] = {SIZES...};
-    int total = 0;
-    for (int p = 0; p < plane; ++p) total += (TILE_ROWS * blocks * sizes[p] + 15) / 16 * 16;
+  // Bytes before plane P in a tile of `blocks` blocks a row.
+  template <int P> static DEVICE constexpr int offset(int blocks) {
+    int total = 0, plane = 0;
+    ((total += plane++ < P ? (TILE_ROWS * blocks * SIZES + 15) / 16 * 16 : 0), ...);
     return total;
   }
-  static DEVICE constexpr int bytes(int blocks) { return offset(COUNT, blocks); }
+  static DEVICE constexpr int bytes(int blocks) { return offset<sizeof...(SIZES)>(blocks); }
+  template <int P> static DEVICE constexpr int size() {
+    int found = 0, plane = 0;
+    ((found = plane++ == P ? SIZES : found), ...);
+    return found;
+  }
   // The field of block `i` (row × blocks + column block) in plane P.
   template <int P> static DEVICE const u8* field(const u8* tile, int blocks, int i) {
-    constexpr int sizes[] = {SIZES...};
-    return tile + offset(P, blocks) + i * sizes[P];
+    return tile + offset<P>(blocks) + i * size<P>();
   }
 };
 
-DEVICE u32 load16(const u8* p) { return *(const u16*)p; }
 DEVICE u32 load32(const u8* p) { return *(const u32*)p; }
 DEVICE float half_at(const u8* p) { return half_to_float(*(const u16*)p); }
 
@@ -278,7 +281,8 @@ template <int TYPE, int COLUMNS> struct Tiles {
   static constexpr int FULL_BYTES = B::bytes(FULL_BLOCKS), TAIL_BYTES = B::bytes(TAIL_BLOCKS);
   static constexpr int GROUP_BYTES = FULL * FULL_BYTES + TAIL_BYTES;  // four rows
   static constexpr int MAX_BYTES = FULL ? FULL_BYTES : TAIL_BYTES;
-  static DEVICE int blocks(int slice) { return slice < FULL ? FULL_BLOCKS : TAIL_BLOCKS; }
-  static DEVICE u32 bytes(int slice) { return slice < FULL ? FULL_BYTES : TAIL_BYTES; }
+  // Constants where there is no partial slice.
+  static DEVICE int blocks(int slice) { return TAIL_BLOCKS == 0 || slice < FULL ? FULL_BLOCKS : TAIL_BLOCKS; }
+  static DEVICE u32 bytes(int slice) { return TAIL_BLOCKS == 0 || slice < FULL ? FULL_BYTES : TAIL_BYTES; }
   static DEVICE u64 offset(int group, int slice) { return (u64)group * GROUP_BYTES + (u32)slice * FULL_BYTES; }
 };

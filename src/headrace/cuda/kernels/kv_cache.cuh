@@ -26,13 +26,17 @@ struct Cache {
   }
 };
 
-// Dimension `dim` of a head after rotation; `partner` is the other value of its pair. Rows of q and k
-// are laid out at load so that a pair is always (2i, 2i + 1): turns[i] = inv_freq[i] / 2π. The product
-// is taken in double and reduced to one turn: a float angle is wrong by 0.01 at position 100,000.
-DEVICE float rotate(float v, float partner, int dim, int position, const double* turns) {
-  if (dim >= ROPE_DIM) return v;
+struct Rotation { float cosine, sine; };
+
+// Of dimension `dim` of a head. Rows of q and k are laid out at load so that a pair is always
+// (2i, 2i + 1): turns[i] = inv_freq[i] / 2π. The product is taken in double and reduced to one turn: a
+// float angle is wrong by 0.01 at position 100,000.
+DEVICE Rotation rotation(int dim, int position, const double* turns) {
+  if (dim >= ROPE_DIM) return {1.f, 0.f};
   const double t = position * turns[dim >> 1];
   float s, c;
   sincos_turns((float)(t - rint(t)), &s, &c);
-  return MAGNITUDE * (dim & 1 ? fmaf(v, c, partner * s) : fmaf(v, c, -(partner * s)));
+  return {MAGNITUDE * c, dim & 1 ? MAGNITUDE * s : -MAGNITUDE * s};
 }
+// The value after rotation; `partner` is the other of its pair.
+DEVICE float rotate(float v, float partner, Rotation r) { return fmaf(v, r.cosine, partner * r.sine); }

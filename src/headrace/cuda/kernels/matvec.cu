@@ -7,7 +7,7 @@
 // Integer dots, and sums in an order that depends neither on the grid nor on ROWS: a row's result is
 // bit-equal whoever travels with it.
 //
-// Macros: ARCH; K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
+// Macros: ARCH; AHEAD (bytes a block prefetches of the next matvec's weights); K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
 // are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
@@ -159,7 +159,45 @@ struct MatvecArgs {
   const float* in_gain;  // the norm's weight, for float activations only
   Epilogue out;
   int n_rows;            // of x
+  // What the next matvec reads, as up to two ranges that its blocks divide as this one's do.
+  const u8* ahead[2];
+  u64 ahead_bytes[2];
 };
+
+// When a block has no more tiles to request, it asks for the next kernel's first ones to be brought into
+// L2: memory then works on while the end of this kernel, and the start of the next, wait for each other.
+// Piece e of the STAGES × WARPS pieces of AHEAD bytes.
+DEVICE void prefetch_ahead(const MatvecArgs& a, int e) {
+  constexpr u32 PIECE = AHEAD / (STAGES * WARPS) / 16 * 16;
+  if (PIECE == 0 || (threadIdx.x & 31) != 0) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const u64 bytes = a.ahead_bytes[i];
+    const u32 share = a.ahead_bytes[1] ? PIECE / 32 * 16 : PIECE;
+    const u64 begin = bytes * blockIdx.x / GRID / 16 * 16 + (u64)e * share, end = bytes * (blockIdx.x + 1) / GRID / 16 * 16;
+    if (share && begin + share <= end) prefetch_l2(a.ahead[i] + begin, share);
+  }
+}
+
+// Output i of a pass: of row `row` of x, row `n` of matrix `segment`; its sums are at `local` (and, of
+// a pair's second matrix, UNIT_ROWS further on).
+struct Output { int row, segment, n, local; bool live; };
+
+DEVICE Output output(int unit, int units, int rows, int i) {
+  const int outputs = units * UNIT_ROWS;
+  const bool live = i < outputs * rows;
+  const int row = live && ROWS > 1 ? i / outputs : 0, o = live ? i - row * outputs : 0;
+  int n = unit * UNIT_ROWS + o, segment = 0;
+  if (PAIRED) return {row, 0, n, o / UNIT_ROWS * (2 * UNIT_ROWS) + o % UNIT_ROWS, live && n < N0};
+  if (TYPE1 != NONE && n >= S0::ROWS_PADDED) n -= S0::ROWS_PADDED, segment = 1;
+  if (TYPE2 != NONE && segment == 1 && n >= S1::ROWS_PADDED) n -= S1::ROWS_PADDED, segment = 2;
+  return {row, segment, n, o, live && n < (segment == 0 ? N0 : segment == 1 ? N1 : N2)};
+}
+
+DEVICE float bias_of(const MatvecArgs& a, const Output& o) {
+  const float* bias = o.segment == 0 ? a.bias[0] : o.segment == 1 ? a.bias[1] : a.bias[2];
+  return !PAIRED && bias && o.live ? bias[o.n] : 0.f;
+}
 
 // x of this block's rows into shared memory, and 1/rms of each.
 DEVICE void load_x(const MatvecArgs& a, int first_row, int rows, u8* shared, float* inverse_rms) {
@@ -203,7 +241,10 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
 
   Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES);
   auto request = [&](int stage, int t) {
-    if (t >= tiles) return ring.request(stage, nullptr, 0);
+    if (t >= tiles) {
+      prefetch_ahead(a, t - tiles);
+      return ring.request(stage, nullptr, 0);
+    }
     const Place p = place(first, t);
     if (p.segment == 0) ring.request(stage, S0::tile(a.weights[0], p.group, p.slice), S0::bytes(p.slice));
     else if (p.segment == 1) ring.request(stage, S1::tile(a.weights[1], p.group, p.slice), S1::bytes(p.slice));
@@ -212,8 +253,13 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   for (int s = 0; s < STAGES; ++s) request(s, warp + s * WARPS);
 
   dependents_launch();
-  dependency_wait();
   const int first_row = blockIdx.y * ROWS, rows = min(ROWS, a.n_rows - first_row);
+  // This thread's first output, in the first pass.
+  Output mine = output(first, min(PASS_UNITS, last - first), rows, threadIdx.x);
+  Ready ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
+  float bias = bias_of(a, mine);
+  dependency_wait();
+  a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
   load_x(a, first_row, rows, x_memory, inverse_rms);
   sync_block();
   const X x = {(const int4*)x_memory, (const float2*)(x_memory + ROWS * padded(K)), (const float*)x_memory};
@@ -247,22 +293,19 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
       for (int s = 1; s < SLICES; ++s) v += p[s];
       return NORM ? v * inverse_rms[row] : v;
     };
-    const int outputs = units * UNIT_ROWS, all = outputs * rows;
+    const int all = units * UNIT_ROWS * rows;
     for (int i = threadIdx.x; i < (all + 31) / 32 * 32; i += WARPS * 32) {
-      const bool live = i < all;
-      const int row = live ? i / outputs : 0, o = live ? i % outputs : 0;
+      if (i != threadIdx.x || unit != first) {
+        mine = output(unit, units, rows, i);
+        ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
+        a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
+        bias = bias_of(a, mine);
+      }
 #if PAIRED
-      const int local = o / UNIT_ROWS * (2 * UNIT_ROWS) + o % UNIT_ROWS, n = unit * UNIT_ROWS + o;
-      a.out.finish(first_row + row, n, result(row, local), result(row, local + UNIT_ROWS), live && n < N0);
+      const float gate = result(mine.row, mine.local), up = result(mine.row, mine.local + UNIT_ROWS);
+      a.out.finish(ready, first_row + mine.row, mine.n, gate, up, mine.live);
 #else
-      int n = unit * UNIT_ROWS + o, segment = 0;
-      if (TYPE1 != NONE && n >= S0::ROWS_PADDED) n -= S0::ROWS_PADDED, segment = 1;
-      if (TYPE2 != NONE && segment == 1 && n >= S1::ROWS_PADDED) n -= S1::ROWS_PADDED, segment = 2;
-      const int size = segment == 0 ? N0 : segment == 1 ? N1 : N2;
-      const float* bias = segment == 0 ? a.bias[0] : segment == 1 ? a.bias[1] : a.bias[2];
-      float y = result(row, o);
-      if (bias && n < size) y += bias[n];
-      a.out.finish(first_row + row, segment, n, y, live && n < size);
+      a.out.finish(ready, first_row + mine.row, mine.segment, mine.n, result(mine.row, mine.local) + bias, mine.live);
 #endif
     }
     if (unit + PASS_UNITS < last) sync_block();

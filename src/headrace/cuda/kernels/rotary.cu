@@ -41,7 +41,10 @@ KERNEL(32, 1) rotary(ARGS(RotaryArgs, a)) {
     float x = v[i][0], y = v[i][1];
     if (normed) x *= inverse * gain[dim], y *= inverse * gain[dim + 1];
     const float x0 = x;
-    if (is_q || is_k) x = rotate(x0, y, dim, position, a.turns), y = rotate(y, x0, dim + 1, position, a.turns);
+    if (is_q || is_k) {
+      x = rotate(x0, y, rotation(dim, position, a.turns));
+      y = rotate(y, x0, rotation(dim + 1, position, a.turns));
+    }
     if (is_q) {
       *(float2*)(a.q + ((u64)row * HEADS + slot_head) * HEAD_DIM + dim) = make_float2(x, y);
     } else if (is_k) {
