@@ -80,7 +80,7 @@ def _measure(
 
     threads = threads or os.cpu_count() or 1
     with console.Status() as status, open_gguf(path) as file:
-        status("loading (a first run compiles the kernels)")
+        status("loading (the first run compiles kernels)")
         decoder = load_decoder(file)
         runner = load_runner(decoder, device, threads=threads)
         timer = measuring.StepTimer(runner, max(depths) + max([*prompts, *generate]))

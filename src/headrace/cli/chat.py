@@ -162,7 +162,7 @@ class Conversation:
             raise
 
     def _answer(self) -> None:
-        self._status("reading")
+        self._status("reading (the first run compiles kernels)")
         with self.model.stream_chat(self.messages, **self.options) as stream:
             self.stop = stream.close
             console.write(stream, self._status)

@@ -141,7 +141,7 @@ def load(
 ) -> Model:
     """:func:`headrace.load` with its progress on stderr."""
     path = resolve(name)
-    status(f"loading {name} (a first run compiles its kernels)")
+    status(f"loading {name} (the first run compiles kernels)")
     import headrace
 
     model = headrace.load(path, device, context=context, threads=threads)

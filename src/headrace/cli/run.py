@@ -77,7 +77,7 @@ def run(
         console.load(model, status, device=device, context=context, threads=threads) as loaded,
         _start(loaded, text, system, options, raw) as stream,
     ):
-        status("reading the prompt")
+        status("reading the prompt (the first run compiles kernels)")
         if as_json:
             done = stream.run()
             print(json.dumps(_as_json(model, done)))
