@@ -158,10 +158,12 @@ def _download_command(requirement: str, out: Path) -> list[str]:
 
 
 def _bundled_pip() -> Path | None:
+    """The wheel of pip that ``ensurepip`` would install: in the library, or where Debian has it."""
     spec = importlib.util.find_spec("ensurepip")
-    if spec is None or spec.origin is None:
-        return None
-    return next(Path(spec.origin).parent.glob("_bundled/pip-*.whl"), None)
+    folders = [Path("/usr/share/python-wheels")]
+    if spec is not None and spec.origin is not None:
+        folders.insert(0, Path(spec.origin).parent / "_bundled")
+    return next((wheel for folder in folders for wheel in folder.glob("pip-*.whl")), None)
 
 
 def _run(

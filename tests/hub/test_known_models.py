@@ -215,6 +215,7 @@ def test_without_pip_or_uv_the_error_says_what_to_install(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub_wheel, "_bundled_pip", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("UV", raising=False)
     with pytest.raises(HubError, match="needs pip or uv, and neither is installed here: run"):
