@@ -15,6 +15,7 @@ from headrace import hub
 from headrace.backend import load_runner
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
+from headrace.engine.scheduler import pages_for
 from headrace.engine.sequence import Event
 from headrace.errors import DeviceError, TemplateError
 from headrace.gguf.reader import GGUFFile, open_gguf
@@ -78,6 +79,8 @@ def load(
     threads: int | None = None,
     progress: hub.Progress | None = None,
     chat: bool = False,
+    max_sequences: int = 16,
+    cache_tokens: int | None = None,
 ) -> Model:
     """Load a model, fetching it first if need be.
 
@@ -87,6 +90,8 @@ def load(
     and values for it are set aside; on a CPU the memory is only taken as it is used.
     threads: CPU threads (default: all cores). progress: called as a file is fetched.
     chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
+    max_sequences: most that run at once. cache_tokens: most tokens of all of them together
+    (default: one context).
 
     Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
 
@@ -102,7 +107,10 @@ def load(
             runner = load_runner(load_decoder(file), device, threads)
             try:
                 tokenizer, template = text.result()
-                engine = Engine(runner, tokenizer, context=context)
+                n_pages = None if cache_tokens is None else pages_for(cache_tokens)
+                engine = Engine(
+                    runner, tokenizer, context=context, n_pages=n_pages, max_sequences=max_sequences
+                )
             except BaseException:
                 runner.close()
                 raise

@@ -9,17 +9,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as TokenIds
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.backend import Batch, Runner
 from headrace.engine.pages import PagePool
 from headrace.engine.request import FinishReason, Request
 from headrace.engine.scheduler import Chunk, Scheduler, pages_for
 from headrace.engine.sequence import Event, Sequence, Sink
-from headrace.errors import ContextOverflowError, DeviceError, HeadraceError, RequestError
+from headrace.errors import (
+    ContextOverflowError,
+    DeviceError,
+    DeviceMemoryError,
+    HeadraceError,
+    RequestError,
+)
 from headrace.sampling import Logits, check_integer
 from headrace.text.tokenizer import Tokenizer
 
@@ -117,30 +125,34 @@ class Engine:
         Raises RequestError for bad ids, ContextOverflowError when there are more than ``context``,
         DeviceMemoryError when running sequences leave too few pages.
         """
-        if not tokens:
-            raise RequestError("tokens is empty: give at least one")
-        if len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{len(tokens)} tokens do not fit the context of {self.context}: "
-                "give fewer, or load with a larger context"
-            )
-        ids = [check_integer("token", token, 0, self.n_vocab - 1) for token in tokens]
+        ids = self._checked_ids(tokens)
         logits = np.empty((len(ids), self.n_vocab), np.float32)
-        pages: list[int] = []
         with self._lock:
+            pages = self._allocate(pages_for(len(ids)))
             try:
-                while len(pages) < pages_for(len(ids)):
-                    pages.append(self.pool.allocate())
-                table = np.array([pages], np.int32)
-                for start in range(0, len(ids), self.chunk):
-                    some = np.array(ids[start : start + self.chunk], np.int32)
-                    rows = np.arange(len(some), dtype=np.int32)
-                    batch = Batch(some, rows + np.int32(start), np.zeros_like(rows), table, rows)
-                    logits[start : start + len(some)] = self.runner.step(batch)
+                for batch in _batches(ids, pages, self.chunk):
+                    logits[batch.positions] = self.runner.step(batch)
             finally:
-                for page in pages:
-                    self.pool.release(page)
+                self._release(pages)
         return logits
+
+    def hidden(self, tokens: TokenIds[int], chunk: int = 64) -> Iterator[NDArray[np.float32]]:
+        """Final normed hidden states of ``tokens``, float32 [at most ``chunk``, d_model] a piece.
+
+        Sequences go on between the pieces. Pages are held until it ends or is closed. Raises what
+        :meth:`logits` does, at the first piece.
+        """
+        ids = self._checked_ids(tokens)
+        with self._lock:
+            pages = self._allocate(pages_for(len(ids)))
+        try:
+            for batch in _batches(ids, pages, chunk):
+                with self._lock:
+                    states = self.runner.hidden(batch)
+                yield states
+        finally:
+            with self._lock:
+                self._release(pages)
 
     def close(self) -> None:
         """Cancel everything and release the device. Idempotent."""
@@ -149,6 +161,31 @@ class Engine:
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
                 self._finish(sequence, "cancelled", Event(sequence))
             self.runner.close()
+
+    def _checked_ids(self, tokens: TokenIds[int]) -> list[int]:
+        if not tokens:
+            raise RequestError("tokens is empty: give at least one")
+        if len(tokens) > self.context:
+            raise ContextOverflowError(
+                f"{len(tokens)} tokens do not fit the context of {self.context}: "
+                "give fewer, or load with a larger context"
+            )
+        return [check_integer("token", token, 0, self.n_vocab - 1) for token in tokens]
+
+    def _allocate(self, n_pages: int) -> list[int]:
+        """``n_pages`` pages; DeviceMemoryError when there are not as many, and none is taken."""
+        pages: list[int] = []
+        try:
+            while len(pages) < n_pages:
+                pages.append(self.pool.allocate())
+        except DeviceMemoryError:
+            self._release(pages)
+            raise
+        return pages
+
+    def _release(self, pages: list[int]) -> None:
+        for page in pages:
+            self.pool.release(page)
 
     def _take_added(self) -> None:
         while self._added:
@@ -230,6 +267,15 @@ class Engine:
             logger.exception("the sink of a request failed; the request is cancelled")
             event.sequence.sink = _ignore
             self._cancelled.append(event.sequence)
+
+
+def _batches(ids: list[int], pages: list[int], chunk: int) -> Iterator[Batch]:
+    """A sequence alone in ``pages``, ``chunk`` rows at a time, every row's result wanted."""
+    table = np.array([pages], np.int32)
+    for start in range(0, len(ids), chunk):
+        some = np.array(ids[start : start + chunk], np.int32)
+        rows = np.arange(len(some), dtype=np.int32)
+        yield Batch(some, rows + np.int32(start), np.zeros_like(rows), table, rows)
 
 
 def choose_context(wanted: int | None, model_context: int) -> int:

@@ -20,6 +20,9 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(stand_in or byte) for byte, stand_in in stand_ins.items()}
 
 
+_LONG = 4096
+"""Characters from which a text is encoded as a batch of one: that lets other threads run."""
+
 BYTE_TO_CHAR = _byte_alphabet()
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
@@ -66,7 +69,10 @@ def build_bpe(vocabulary: Vocabulary, merges: list[str]) -> Callable[[str], list
     )
 
     def encode(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) < _LONG:
+            found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            found = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         return [i for i in found if i < n_vocab]
 
     return encode
