@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import headrace
-from headrace.cli import bench, chat, info, models, ppl, pull, run, synth
+from headrace.cli import bench, bench_serve, chat, info, models, ppl, pull, run, serve, synth
 
 app = typer.Typer(
     name="headrace",
@@ -51,3 +51,5 @@ app.command()(models.models)
 app.command()(bench.bench)
 app.command()(ppl.ppl)
 app.command()(synth.synth)
+app.command()(serve.serve)
+app.command("bench-serve")(bench_serve.bench_serve)

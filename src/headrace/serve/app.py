@@ -1,0 +1,73 @@
+"""The application: routes and error answers, behind the guard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+import headrace
+from headrace.errors import HeadraceError
+from headrace.serve import chat, completions, embeddings, page, plain, responses
+from headrace.serve.guard import Guard
+from headrace.serve.problems import Problem, from_error, from_validation
+from headrace.serve.service import Service
+
+logger = logging.getLogger("headrace.serve")
+
+
+def create_app(service: Service) -> Guard:
+    """The ASGI application of ``service``, which it starts and closes."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="headrace",
+        description="An OpenAI-compatible server for GGUF models.",
+        version=headrace.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # those pages load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={
+            Problem: _on_problem,
+            HeadraceError: _on_error,
+            RequestValidationError: _on_validation,
+            HTTPException: _on_http,
+        },
+    )
+    app.state.service = service
+    for module in (chat, completions, responses, embeddings, plain, page):
+        app.include_router(module.router)
+    return Guard(app, service)
+
+
+async def _on_problem(http: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _on_error(http: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HeadraceError)
+    return from_error(error).response()
+
+
+async def _on_validation(http: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return from_validation(error.errors()).response()
+
+
+async def _on_http(http: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = {404: "there is no such route", 405: "this route has no such method"}
+    text = message.get(error.status_code, str(error.detail))
+    return Problem(error.status_code, text, headers=error.headers).response()
