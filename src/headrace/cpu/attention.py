@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from headrace.backend import PAGE_SIZE
-from headrace.cpu.ir import Tile, Value, f32, i64
+from headrace.cpu.ir import Value, f32, i64
 from headrace.cpu.isa import InstructionSet
 
 SCORES = "attention_scores"
@@ -43,7 +43,7 @@ def _product(
     """
     function = ir.Function(module, SIGNATURE, name)
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    tile = Tile(b, isa.lanes, isa.native_half)
+    tile = isa.tile(b)
     source, page, out, n_rows, columns, inner = function.args
     widths = (4, 1) if isa.lanes == 16 else (2, 1)
     vector = 4 * isa.lanes
@@ -61,7 +61,7 @@ def _product(
                     tile.vec(f32),
                     tile.load(tile.at(target, v * vector), tile.vec(f32), 4)
                     if accumulate
-                    else tile.zeros(),
+                    else tile.floats(0.0),
                 )
                 for v in range(vectors)
             ]

@@ -114,10 +114,10 @@ class Library:
 
 
 @cache
-def matmul_library(qtype: QuantType, target: InstructionSet) -> Library:
+def matmul_library(qtype: QuantType, k: int, target: InstructionSet) -> Library:
     """The matmul of a weight type on an instruction set, compiled at most once a process."""
-    name = matmul.kernel_name(qtype)
-    return Library(name, target, lambda: matmul.build_module(qtype, target))
+    name = matmul.kernel_name(qtype, k)
+    return Library(name, target, lambda: matmul.build_module(qtype, k, target))
 
 
 @cache

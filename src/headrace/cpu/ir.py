@@ -21,11 +21,16 @@ Value = ir.Value
 
 @dataclass(frozen=True)
 class Tile:
-    """Emits code for one tile: ``b`` the builder, ``lanes`` the rows it holds."""
+    """Emits code for one tile: ``b`` the builder, ``lanes`` the rows it holds.
+
+    ``native_half``: the processor converts half precision. ``full_bytes``: its dot product takes
+    any unsigned byte at full speed, not only small ones.
+    """
 
     b: ir.IRBuilder
     lanes: int
     native_half: bool = True
+    full_bytes: bool = True
 
     # Types and constants
 
@@ -36,8 +41,9 @@ class Tile:
         """``i32`` vector with ``value`` (taken modulo 2^32) in each lane."""
         return ir.Constant(self.vec(i32), [value & 0xFFFFFFFF] * self.lanes)
 
-    def zeros(self) -> Value:
-        return ir.Constant(self.vec(f32), [0.0] * self.lanes)
+    def floats(self, value: float) -> Value:
+        """``f32`` vector with ``value`` in each lane."""
+        return ir.Constant(self.vec(f32), [value] * self.lanes)
 
     # Memory
 
@@ -67,29 +73,48 @@ class Tile:
 
     def dwords(self, rows: Sequence[Value], offset: int) -> list[Value]:
         """16 bytes at ``offset`` of each row -> four ``i32`` vectors; the j-th holds dword j."""
-        n = self.lanes
-        quads = n // 4
         loaded = [self.load(self.at(row, offset), self.vec(i32, 4)) for row in rows]
-        # Rows r, r+4, r+8, r+12 side by side, so that 4×4 transposes stay inside 128-bit lanes.
-        wide = []
-        for r in range(4):
-            parts = [loaded[r + 4 * q] for q in range(quads)]
-            while len(parts) > 1:
-                m = 4 * quads // len(parts)
-                parts = [
-                    self.shuffle(parts[i], parts[i + 1], range(2 * m))
-                    for i in range(0, len(parts), 2)
-                ]
-            wide.append(parts[0])
+        # Rows r, r+4, r+8, r+12 side by side: the transposes leave the rows in order.
+        return self._transpose([self._join(loaded[r::4]) for r in range(4)])
+
+    def dwords8(self, rows: Sequence[Value], offset: int) -> list[Value]:
+        """32 bytes at ``offset`` of each row -> eight ``i32`` vectors, with fewer instructions."""
+        if self.lanes < 8:
+            return self.dwords(rows, offset) + self.dwords(rows, offset + 16)
+        loaded = [self.load(self.at(row, offset), self.vec(i32, 8)) for row in rows]
+        half = self.lanes // 2
+        first, second = (
+            self._transpose([self._join(loaded[start + r : start + half : 4]) for r in range(4)])
+            for start in (0, half)
+        )
+        quads = range(self.lanes // 4)
+        return [
+            # Even 128-bit lanes hold dword j of every row, odd ones dword j + 4.
+            self.shuffle(a, c, [4 * q + e for q in (*quads, *(len(quads) + q for q in quads))
+                                if q % 2 == odd for e in range(4)])
+            for odd in (0, 1)
+            for a, c in zip(first, second, strict=True)
+        ]  # fmt: skip
+
+    def _join(self, parts: Sequence[Value]) -> Value:
+        """Vectors side by side as one; a power of two of them."""
+        while len(parts) > 1:
+            n = parts[0].type.count
+            parts = [self.shuffle(a, c, range(2 * n)) for a, c in zip(parts[::2], parts[1::2])]
+        return parts[0]
+
+    def _transpose(self, v: Sequence[Value]) -> list[Value]:
+        """4×4 transposes of dwords, one inside each 128-bit lane of the four vectors."""
+        n = self.lanes
 
         def interleave(a: Value, c: Value, picks: Sequence[int]) -> Value:
             """In each 128-bit lane, elements ``picks`` of the pair (a: 0–3, c: 4–7)."""
             return self.shuffle(
-                a, c, [4 * q + p % 4 + (n if p > 3 else 0) for q in range(quads) for p in picks]
+                a, c, [4 * q + p % 4 + (n if p > 3 else 0) for q in range(n // 4) for p in picks]
             )
 
-        low01, high01 = (interleave(wide[0], wide[1], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        low23, high23 = (interleave(wide[2], wide[3], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
+        low01, high01 = (interleave(v[0], v[1], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
+        low23, high23 = (interleave(v[2], v[3], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
         return [
             interleave(low01, low23, (0, 1, 4, 5)),
             interleave(low01, low23, (2, 3, 6, 7)),
@@ -124,7 +149,7 @@ class Tile:
         # and mantissa moved into place read as value * 2^-112, subnormals too; blocks are finite.
         bits = b.zext(bits, self.vec(i32))
         magnitude = b.bitcast(self.shl(self.mask(bits, 0x7FFF), 13), self.vec(f32))
-        scaled = b.fmul(magnitude, ir.Constant(self.vec(f32), [2.0**112] * self.lanes))
+        scaled = b.fmul(magnitude, self.floats(2.0**112))
         sign = self.shl(self.mask(bits, 0x8000), 16)
         return b.bitcast(b.or_(b.bitcast(scaled, self.vec(i32)), sign), self.vec(f32))
 

@@ -63,10 +63,14 @@ class InstructionSet:
     dot: Dot
     features: tuple[str, ...]
     cpu: str
+    full_bytes: bool = True
 
     @property
     def native_half(self) -> bool:
         return "f16c" in self.features
+
+    def tile(self, builder: ir.IRBuilder) -> Tile:
+        return Tile(builder, self.lanes, self.native_half, self.full_bytes)
 
     @property
     def feature_string(self) -> str:
@@ -81,7 +85,7 @@ INSTRUCTION_SETS = (
         ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c"),
         "cascadelake",
     ),
-    InstructionSet("avx2", 8, _dot_avx2, ("avx2", "fma", "f16c"), "haswell"),
+    InstructionSet("avx2", 8, _dot_avx2, ("avx2", "fma", "f16c"), "haswell", full_bytes=False),
     InstructionSet("portable", 4, _dot_portable, (), ""),
 )
 """Best first."""

@@ -27,17 +27,17 @@ GROUP = 16
 GROUP_RECORD = np.dtype(
     [
         ("scale", np.float32),
-        ("isum", np.int32),  # sum of the 16 int8 values
-        ("sum", np.float32),  # scale × isum
+        ("sum", np.float32),  # scale × sum of the 16 int8 values
         ("pair_sum", np.float32),  # sum of this group and its neighbour in 32
+        ("unused", np.float32),
     ]
 )
 """What a matmul needs to know of 16 activations besides their int8 values: as many bytes."""
 
-ARGUMENTS = ("weights", "row_bytes", "n", "k", "x", "records", "t", "y", "y_stride", "accumulate")
+ARGUMENTS = ("weights", "n", "x", "records", "t", "y", "y_stride", "accumulate")
 """The int64 fields of a kernel's argument array; addresses and strides in bytes.
 
-weights: [n, row_bytes]; x: int8 [t, k] (float32 for float weights); records: [t, k/16];
+weights: packed [n, k], n at least a tile; x: int8 [t, k] (float32 for float weights); records: [t, k/16];
 y: float32, row stride ``y_stride``; accumulate: 1 to add to y instead of replacing it.
 """
 
@@ -66,20 +66,19 @@ def _const(value: int) -> Value:
 class _Kernel:
     """Emits one kernel. The sums of row ``i`` live at ``totals + i * vector`` between batches."""
 
-    def __init__(self, module: ir.Module, name: str, qtype: QuantType, isa: InstructionSet) -> None:
-        self.qtype, self.isa = qtype, isa
+    def __init__(
+        self, module: ir.Module, name: str, qtype: QuantType, k: int, isa: InstructionSet
+    ) -> None:
+        self.qtype, self.isa, self.k = qtype, isa, k
+        self.row_bytes = qtype.row_bytes(k)
         function = ir.Function(module, SIGNATURE, name)
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
-        self.tile = Tile(self.b, isa.lanes, isa.native_half)
+        self.tile = isa.tile(self.b)
         self.vector = 4 * isa.lanes
         arguments, self.first, self.last, self.scratch = function.args
-        loaded = {
-            field: self.tile.load(self.tile.at(arguments, 8 * i), i64, 8)
-            for i, field in enumerate(ARGUMENTS)
-        }
-        self.weights, self.row_bytes, self.n, self.k = (loaded[f] for f in ARGUMENTS[:4])
-        self.x, self.records, self.t, self.y = (loaded[f] for f in ARGUMENTS[4:8])
-        self.y_stride, self.accumulate = (loaded[f] for f in ARGUMENTS[8:])
+        self.weights, self.n, self.x, self.records, self.t, self.y, self.y_stride, self.accumulate = (
+            self.tile.load(self.tile.at(arguments, 8 * i), i64, 8) for i in range(len(ARGUMENTS))
+        )
         self.scales = self.tile.at(self.scratch, _BATCH // 4 * self.vector)
         self.shifts = self.tile.at(self.scales, _BATCH // 16 * self.vector)
         self.totals = self.tile.at(self.shifts, _BATCH // 16 * self.vector)
@@ -88,8 +87,12 @@ class _Kernel:
         b = self.b
         float_weights = self.qtype not in UNPACKERS
         with self.tile.loop(self.first, self.last) as index:
-            first_row = b.mul(index, _const(self.isa.lanes))
-            rows = self._row_addresses(first_row)
+            # The last tile ends at the last row: it may repeat rows of the one before it.
+            wanted = b.mul(index, _const(self.isa.lanes))
+            last_start = b.sub(self.n, _const(self.isa.lanes))
+            first_row = b.select(b.icmp_signed("<", wanted, last_start), wanted, last_start)
+            start = b.add(self.weights, b.mul(first_row, _const(self.row_bytes)))
+            rows = [self.tile.at(start, lane * self.row_bytes) for lane in range(self.isa.lanes)]
             single = b.icmp_signed("==", self.t, _const(1))
             with b.if_else(single) as (one, many):
                 with one:
@@ -102,42 +105,35 @@ class _Kernel:
                         self._by_width(_const(0), lambda t0, w: self._float_pass(rows, t0, w))
                     else:
                         self._many_rows(rows, UNPACKERS[self.qtype])
-            self._store_tile(first_row)
+            self._store_tile(wanted, first_row)
         b.ret_void()
-
-    def _row_addresses(self, first_row: Value) -> list[Value]:
-        """Address of each lane's row; lanes past the last row repeat it."""
-        b = self.b
-        last = b.sub(self.n, _const(1))
-        rows = []
-        for lane in range(self.isa.lanes):
-            row = b.add(first_row, _const(lane))
-            row = b.select(b.icmp_signed("<", row, last), row, last)
-            rows.append(b.add(self.weights, b.mul(row, self.row_bytes)))
-        return rows
 
     # One activation row
 
     def _one_row(self, rows: Sequence[Value], unpacker: Unpacker) -> None:
         b, tile = self.b, self.tile
-        total = tile.variable(tile.vec(f32), tile.zeros())
+        total = tile.variable(tile.vec(f32), tile.floats(0.0))
         block = self.qtype.block_size
-        tile_bytes = b.mul(self.row_bytes, _const(self.isa.lanes))
-        with tile.loop(_const(0), b.sdiv(self.k, _const(block))) as i:
+        next_tile = tile.at(rows[0], self.isa.lanes * self.row_bytes)
+        with tile.loop(_const(0), _const(self.k // block)) as i:
             here = b.mul(i, _const(self.qtype.block_bytes))
-            lines = self._prefetches(b.add(b.add(rows[0], tile_bytes), b.mul(here, _const(self.isa.lanes))))
+            lines = self._prefetches(b.add(next_tile, b.mul(here, _const(self.isa.lanes))))
             start = b.mul(i, _const(block))
             x = b.add(self.x, start)
             records = b.add(self.records, start)  # 16 bytes for 16 activations
-            at = 0
-            for group in unpacker.unpack(tile, [b.add(row, here) for row in rows]):
-                here_x, here_records = tile.at(x, at), tile.at(records, at)
-                b.store(
-                    self._add_group(unpacker, b.load(total), group, here_x, here_records), total
+            for j, group in enumerate(unpacker.unpack(tile, self._at_block(rows, here))):
+                at = unpacker.start(j)
+                value = self._add_group(
+                    unpacker, b.load(total), group, tile.at(x, at), tile.at(records, at)
                 )
-                at += unpacker.group
+                b.store(value, total)
                 next(lines)
         tile.store(b.load(total), self.totals, 4)
+
+    def _at_block(self, rows: Sequence[Value], offset: Value) -> list[Value]:
+        """Each row's address plus ``offset``, as one register and constants."""
+        start = self.b.add(rows[0], offset)
+        return [self.tile.at(start, lane * self.row_bytes) for lane in range(len(rows))]
 
     def _prefetches(self, start: Value) -> Iterator[None]:
         """Prefetch the next tile while this one is computed: as many bytes as a block of each row,
@@ -158,23 +154,23 @@ class _Kernel:
         for half in range(unpacker.group // GROUP):
             record = tile.at(records, half * GROUP)
             q = group.q[4 * half : 4 * half + 4]
-            sums = tile.to_float(self._dots(unpacker, q, tile.at(x, half * GROUP), record))
+            sums = tile.to_float(self._dots(unpacker, q, tile.at(x, half * GROUP)))
             scale = tile.splat(tile.load(record, f32, 4))
             product = b.fmul(sums, scale) if product is None else tile.fma(sums, scale, product)
+        field = "pair_sum" if unpacker.group == 32 else "sum"
+        if unpacker.offset:
+            x_sum = tile.splat(tile.load(tile.at(records, _FIELD[field]), f32, 4))
+            product = tile.fma(x_sum, tile.floats(-unpacker.offset), product)
         total = tile.fma(product, group.scale, total)
         if group.shift is not None:
-            field = "pair_sum" if unpacker.group == 32 else "sum"
-            x_sum = tile.load(tile.at(records, _FIELD[field]), f32, 4)
-            total = tile.fma(group.shift, tile.splat(x_sum), total)
+            x_sum = tile.splat(tile.load(tile.at(records, _FIELD[field]), f32, 4))
+            total = tile.fma(group.shift, x_sum, total)
         return total
 
-    def _dots(self, unpacker: Unpacker, q: Sequence[Value], x: Value, record: Value) -> Value:
-        """Integer sums Σ (q - offset) x over 16 activations."""
+    def _dots(self, unpacker: Unpacker, q: Sequence[Value], x: Value) -> Value:
+        """Integer sums Σ q x over 16 activations."""
         tile = self.tile
         sums = tile.ints(0)
-        if unpacker.offset:
-            isum = tile.load(tile.at(record, _FIELD["isum"]), i32, 4)
-            sums = tile.splat(self.b.mul(isum, ir.Constant(i32, -unpacker.offset)))
         for j, weights in enumerate(q):
             activations = tile.splat(tile.load(tile.at(x, 4 * j), i32))
             sums = self.isa.dot(tile, sums, weights, activations, unpacker.largest)
@@ -186,9 +182,9 @@ class _Kernel:
         b, tile = self.b, self.tile
         block = self.qtype.block_size
         with tile.loop(_const(0), self.t) as i:
-            tile.store(tile.zeros(), self._total(i), 4)
-        with tile.loop(_const(0), self.k, _BATCH) as start:
-            left = b.sub(self.k, start)
+            tile.store(tile.floats(0.0), self._total(i), 4)
+        with tile.loop(_const(0), _const(self.k), _BATCH) as start:
+            left = b.sub(_const(self.k), start)
             count = b.select(b.icmp_signed("<", left, _const(_BATCH)), left, _const(_BATCH))
             with tile.loop(_const(0), count, block) as inside:
                 blocks = b.sdiv(b.add(start, inside), _const(block))
@@ -217,8 +213,8 @@ class _Kernel:
         """Rows t0 … t0 + width - 1 over the unpacked batch."""
         b, tile, vector = self.b, self.tile, self.vector
         rows = [b.add(t0, _const(i)) for i in range(width)]
-        xs = [b.add(self.x, b.add(b.mul(row, self.k), start)) for row in rows]
-        records = [b.add(self.records, b.add(b.mul(row, self.k), start)) for row in rows]
+        xs = [b.add(self.x, b.add(b.mul(row, _const(self.k)), start)) for row in rows]
+        records = [b.add(self.records, b.add(b.mul(row, _const(self.k)), start)) for row in rows]
         totals = [
             tile.variable(tile.vec(f32), tile.load(self._total(row), tile.vec(f32), 4))
             for row in rows
@@ -234,13 +230,27 @@ class _Kernel:
                 tile.load(b.add(self.scales, slot), tile.vec(f32), 4),
                 tile.load(shift, tile.vec(f32), 4) if unpacker.has_shift else None,
             )
+            at = self._group_start(unpacker, g)
             for x, r, total in zip(xs, records, totals, strict=True):
-                value = self._add_group(
-                    unpacker, b.load(total), group, b.add(x, here), b.add(r, here)
-                )
+                value = self._add_group(unpacker, b.load(total), group, b.add(x, at), b.add(r, at))
                 b.store(value, total)
         for row, total in zip(rows, totals, strict=True):
             tile.store(b.load(total), self._total(row), 4)
+
+    def _group_start(self, unpacker: Unpacker, g: Value) -> Value:
+        """``unpacker.start`` of a group known only when the kernel runs."""
+        b, n = self.b, len(unpacker.order)
+        start = b.mul(b.sdiv(g, _const(n)), _const(n * unpacker.group))
+        if n == 1:
+            return start
+        table = b.module.globals.get("order")
+        if table is None:
+            kind = ir.ArrayType(i64, n)
+            table = ir.GlobalVariable(b.module, kind, "order")
+            table.global_constant, table.linkage = True, "private"
+            table.initializer = ir.Constant(kind, list(unpacker.order))
+        place = b.gep(table, [_const(0), b.srem(g, _const(n))])
+        return b.add(start, b.load(place))
 
     def _by_width(self, start: Value, emit: Callable[[Value, int], None]) -> None:
         """Cover all activation rows with passes of the widths that fit the registers."""
@@ -256,14 +266,14 @@ class _Kernel:
     def _float_pass(self, rows: Sequence[Value], t0: Value, width: int) -> None:
         b, tile = self.b, self.tile
         xs = [
-            b.add(self.x, b.mul(b.add(t0, _const(i)), b.mul(self.k, _const(4))))
+            b.add(self.x, b.mul(b.add(t0, _const(i)), _const(4 * self.k)))
             for i in range(width)
         ]
-        totals = [tile.variable(tile.vec(f32), tile.zeros()) for _ in range(width)]
+        totals = [tile.variable(tile.vec(f32), tile.floats(0.0)) for _ in range(width)]
         per_load = 16 // self.qtype.block_bytes
-        with tile.loop(_const(0), self.k, per_load) as at:
+        with tile.loop(_const(0), _const(self.k), per_load) as at:
             offset = b.mul(at, _const(self.qtype.block_bytes))
-            weights = self._as_floats(tile.dwords([b.add(row, offset) for row in rows], 0))
+            weights = self._as_floats(tile.dwords(self._at_block(rows, offset), 0))
             for x, total in zip(xs, totals, strict=True):
                 address = b.add(x, b.mul(at, _const(4)))
                 value = b.load(total)
@@ -290,31 +300,33 @@ class _Kernel:
     def _total(self, row: Value) -> Value:
         return self.b.add(self.totals, self.b.mul(row, _const(self.vector)))
 
-    def _store_tile(self, first_row: Value) -> None:
-        """y[t, first_row …] = totals[t] (or +=), leaving out the lanes past the last row."""
+    def _store_tile(self, wanted: Value, first_row: Value) -> None:
+        """y[t, first_row …] = totals[t] (or +=), without the rows another tile stores."""
         b, tile, lanes = self.b, self.tile, self.isa.lanes
         add = b.icmp_signed("!=", self.accumulate, _const(0))
-        full = b.icmp_signed("<=", b.add(first_row, _const(lanes)), self.n)
+        skip = b.sub(wanted, first_row)
+        whole = b.icmp_signed("==", skip, _const(0))
         with tile.loop(_const(0), self.t) as i:
             source = self._total(i)
             target = b.add(self.y, b.add(b.mul(i, self.y_stride), b.mul(first_row, _const(4))))
-            with b.if_else(full) as (whole, partial):
-                with whole:
-                    old = b.select(add, tile.load(target, tile.vec(f32), 4), tile.zeros())
+            with b.if_else(whole) as (all_lanes, some_lanes):
+                with all_lanes:
+                    old = b.select(add, tile.load(target, tile.vec(f32), 4), tile.floats(0.0))
                     tile.store(b.fadd(old, tile.load(source, tile.vec(f32), 4)), target, 4)
-                with partial, tile.loop(_const(0), b.sub(self.n, first_row)) as lane:
+                with some_lanes, tile.loop(skip, _const(lanes)) as lane:
                     here = b.mul(lane, _const(4))
                     single = b.add(target, here)
                     old = b.select(add, tile.load(single, f32, 4), ir.Constant(f32, 0.0))
                     tile.store(b.fadd(old, tile.load(b.add(source, here), f32, 4)), single, 4)
 
 
-def kernel_name(qtype: QuantType) -> str:
-    return f"matmul_{qtype.name.lower()}"
+def kernel_name(qtype: QuantType, k: int) -> str:
+    return f"matmul_{qtype.name.lower()}_{k}"
 
 
-def build_module(qtype: QuantType, isa: InstructionSet) -> ir.Module:
-    """The IR of the kernel for one weight type on one instruction set."""
-    module = ir.Module(name=f"{kernel_name(qtype)}_{isa.name}")
-    _Kernel(module, kernel_name(qtype), qtype, isa).emit()
+def build_module(qtype: QuantType, k: int, isa: InstructionSet) -> ir.Module:
+    """The IR of the kernel for rows of ``k`` weights of one type on one instruction set."""
+    name = kernel_name(qtype, k)
+    module = ir.Module(name=f"{name}_{isa.name}")
+    _Kernel(module, name, qtype, k, isa).emit()
     return module

@@ -60,7 +60,6 @@ def quantise_row(x, q, records):  # type: ignore[no-untyped-def]
             isum += rounded
         record = records[g]
         record.scale = largest / np.float32(127.0)
-        record.isum = isum
         record.sum = record.scale * np.float32(isum)
     for pair in range(0, x.shape[0] // 16, 2):
         total = records[pair].sum + records[pair + 1].sum

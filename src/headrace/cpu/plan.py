@@ -16,6 +16,7 @@ from headrace.cpu.compile import matmul_library
 from headrace.cpu.isa import InstructionSet
 from headrace.cpu.unpack import UNPACKERS
 from headrace.errors import DeviceError
+from headrace.gguf.types import Tensor
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Activation,
@@ -112,6 +113,7 @@ class Plan:
         self._operations: list[dict[str, Any]] = []
         self._matmuls: list[dict[str, int]] = []
         self._libraries: list[Any] = []
+        self._padded: list[NDArray[np.uint8]] = []
         self._activation = Activation.SILU
         for operation in decoder.operations:
             self._add(operation)
@@ -202,18 +204,16 @@ class Plan:
                 f"{linear.weight}: rows of {linear.k} {tensor.qtype.name} weights are not a "
                 f"multiple of {multiple}, which the CPU kernels need; use --device reference"
             )
-        library = matmul_library(tensor.qtype, self.isa)
+        library = matmul_library(tensor.qtype, linear.k, self.isa)
         self._libraries.append(library)
         self._matmuls.append(
             {
-                "kernel": library.address(matmul.kernel_name(tensor.qtype)),
+                "kernel": library.address(matmul.kernel_name(tensor.qtype, linear.k)),
                 "n_tiles": -(-linear.n // self.isa.lanes),
                 "float_input": is_float,
                 "bias": self.vector(linear.bias),
-                "weights": tensor.data.ctypes.data,
-                "row_bytes": tensor.data.strides[0],
+                "weights": self._rows(tensor).ctypes.data,
                 "n": linear.n,
-                "k": linear.k,
                 "x": (x if is_float else self.buffers.quantised).ctypes.data,
                 "records": self.buffers.records.ctypes.data,
                 "y": 0 if y is None else y.ctypes.data,
@@ -222,6 +222,14 @@ class Plan:
                 "accumulate": residual or linear.bias is not None,
             }
         )
+
+    def _rows(self, tensor: Tensor) -> NDArray[np.uint8]:
+        """The packed rows; the few of a matrix smaller than a tile are copied and padded."""
+        if tensor.n_rows >= self.isa.lanes:
+            return tensor.data
+        rows = np.minimum(np.arange(self.isa.lanes), tensor.n_rows - 1)
+        self._padded.append(np.ascontiguousarray(tensor.data[rows]))
+        return self._padded[-1]
 
     def _norm(self, address: str, eps: str, norm: Norm | None) -> dict[str, Any]:
         return {} if norm is None else {address: self.vector(norm.weight), eps: norm.eps}
