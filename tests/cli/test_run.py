@@ -73,7 +73,6 @@ def test_json_has_the_answer_and_its_figures(headrace: Headrace, tiny: str) -> N
         ("--top-p", "0"),
         ("--min-p", "1"),
         ("--repeat-penalty", "1.5"),
-        ("--repeat-penalty", "1.5", "--repeat-last-n", "1"),
         ("--presence-penalty", "2"),
         ("--frequency-penalty", "2"),
         ("--seed", "8"),
@@ -87,6 +86,13 @@ def test_every_sampling_option_reaches_the_sampler(
     result = headrace("run", tiny, "hello", *SEED_7, *option)
     assert result.code == 0, result.err
     assert result.out != answer_to_seed_7
+
+
+def test_repeat_last_n_bounds_the_repeat_penalty(
+    headrace: Headrace, tiny: str, answer_to_seed_7: str
+) -> None:
+    options = ("--repeat-penalty", "1.5", "--repeat-last-n", "0")
+    assert headrace("run", tiny, "hello", *SEED_7, *options).out == answer_to_seed_7
 
 
 def test_the_same_seed_gives_the_same_text(
@@ -134,6 +140,15 @@ def test_a_reader_that_leaves_ends_it_quietly(start: Start, endless: str) -> Non
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 1
+    assert process.stderr.read() == ""
+
+
+def test_a_reader_that_has_left_before_anything_came_ends_it_quietly(start: Start) -> None:
+    process = start("models")
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
     assert process.wait(timeout=30) == 1
     assert process.stderr.read() == ""
