@@ -39,6 +39,7 @@ def engine_requests(
 ) -> list[Request]:
     """One request a choice of ``prompt``; choice ``i`` of a seeded request has seed + i."""
     options = body.sampling_options() | {"max_tokens": max_tokens, "logprobs": logprobs}
+    options["ignore_eos"] = bool(body.ignore_eos)
     if body.stop is not None:
         options["stop"] = body.stop
     requests = []

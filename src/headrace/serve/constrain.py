@@ -53,15 +53,16 @@ def json_grammar(schema: Mapping[str, Any], param: str) -> str:
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary, and keeps those used last. Belongs to the loop."""
+    """Compiles grammars for one vocabulary, and keeps those used last. Belongs to the loop, but
+    for :meth:`prepare`, which comes first."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Any] = OrderedDict()
-        self._tokenizer: Future[Any] | None = None
+        self._vocabulary: Any = None
         self._checks = asyncio.Semaphore(2)
         self._thread = _Thread()
 
-    async def mask(self, grammar: str, tokenizer: Tokenizer, n_vocab: int, param: str) -> Mask:
+    async def mask(self, grammar: str, n_vocab: int, param: str) -> Mask:
         """A fresh mask for one completion. Problem (400) when the grammar does not compile."""
         if len(grammar) > _MAX_GRAMMAR:
             raise _refused(f"more than {_MAX_GRAMMAR >> 20} MiB", param)
@@ -69,10 +70,7 @@ class Grammars:
             self._kept.move_to_end(grammar)
         else:
             await self._check(grammar, param)
-            if self._tokenizer is None:
-                self._tokenizer = self._thread.submit(lambda: _vocabulary(tokenizer))
-            vocabulary = await asyncio.wrap_future(self._tokenizer)
-            work = self._thread.submit(lambda: _compile(vocabulary, grammar))
+            work = self._thread.submit(lambda: _compile(self._vocabulary, grammar))
             self._kept[grammar] = matcher = await asyncio.wrap_future(work)
             if matcher.is_error():
                 del self._kept[grammar]
@@ -81,6 +79,10 @@ class Grammars:
                 self._kept.popitem(last=False)
         matcher = self._kept[grammar]
         return Mask(self._thread.submit, matcher.deep_copy, n_vocab)
+
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """Build what all grammars share. Takes a while: call it while the model loads."""
+        self._vocabulary = _vocabulary(tokenizer)
 
     def close(self) -> None:
         self._thread.close()
@@ -214,7 +216,8 @@ def _compile(vocabulary: Any, grammar: str) -> Any:
 
 
 def _refused(why: str, param: str) -> Problem:
-    return Problem(400, f"{param}: {_one_line(why)}", param=param, code="invalid_schema")
+    why = "no text satisfies it" if why.startswith("NoExtension") else _one_line(why)
+    return Problem(400, f"{param}: {why}", param=param, code="invalid_schema")
 
 
 def _one_line(text: str) -> str:

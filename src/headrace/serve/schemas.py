@@ -61,6 +61,7 @@ class Sampling(Body):
         ]
         | None
     ) = None
+    ignore_eos: bool | None = False
     user: Annotated[str, Field(max_length=256, description="Goes to the log.")] | None = None
 
     @model_validator(mode="after")

@@ -29,8 +29,14 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         capacity = settings.max_sequences + settings.max_waiting
-        self.engine = EngineThread(load, capacity, self.metrics)
         self.grammars = Grammars()
+
+        def load_all() -> Model:
+            model = load()
+            self.grammars.prepare(model.tokenizer)
+            return model
+
+        self.engine = EngineThread(load_all, capacity, self.metrics)
         self.generations: set[Generation] = set()
         self.created = int(time.time())
         self.metrics.watch(lambda: self.engine.engine, lambda: self.engine.in_flight)
@@ -66,7 +72,7 @@ class Service:
         if grammar is None:
             return None
         model = self.model
-        return await self.grammars.mask(grammar, model.tokenizer, model.config.n_vocab, param)
+        return await self.grammars.mask(grammar, model.config.n_vocab, param)
 
     def check_length(self, text: str) -> None:
         """ContextOverflowError for a text that cannot fit the context, before it is tokenised."""
