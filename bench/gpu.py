@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +116,9 @@ def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
     runner.set_row(1, depth, list(range(depth // PAGE_SIZE + 1)))
     step = Step(1, depth + 1, ((0, 1),))
     kinds: dict[str, list[Launch]] = {}
-    tuning = runner.lowering.tuning
-    runner.lowering.tuning = replace(tuning, ahead=0)  # what follows here is not what follows there
     for operation in runner.decoder.operations:
         for launch in runner.lowering.lower(operation, step):
             kinds.setdefault(f"{type(operation).__name__} {launch.spec.name}", []).append(launch)
-    runner.lowering.tuning = tuning
     rows = []
     for kind, launches in kinds.items():
         repeated = launches * (-(-32 // len(launches)))  # long enough to time
@@ -173,9 +169,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
-    parser.add_argument(
-        "--tunings", nargs="*", default=["16,2,1,128"], help="warps,stages,exclusive,ahead KiB"
-    )
+    parser.add_argument("--tunings", nargs="*", default=["16,2,1"], help="warps,stages,exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-breakdown", action="store_true")
@@ -190,8 +184,8 @@ def main() -> None:
         decoder = synthetic(name, options.recipe, options.folder)
         print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
         for text in options.tunings:
-            warps, stages, exclusive, ahead = (int(part) for part in text.split(","))
-            tuning = Tuning(warps, stages, bool(exclusive), ahead << 10)
+            warps, stages, exclusive = (int(part) for part in text.split(","))
+            tuning = Tuning(warps, stages, bool(exclusive))
             start = time.perf_counter()
             runner = CUDARunner(decoder, CUDADevice(), max_rows=8, tuning=tuning)
             load = time.perf_counter() - start

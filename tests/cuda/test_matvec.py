@@ -243,4 +243,4 @@ def test_the_order_of_threads_does_not_matter() -> None:
 
 def test_the_argument_structs_have_no_hidden_padding() -> None:
     assert ctypes.sizeof(c.Cache) == 48
-    assert ctypes.sizeof(c.matvec_arguments(c.Store())) == 24 + 24 + 32 + 8 + 8 + 8 + 16 + 16
+    assert ctypes.sizeof(c.matvec_arguments(c.Store())) == 24 + 24 + 32 + 8 + 8 + 8

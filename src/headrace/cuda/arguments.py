@@ -69,8 +69,6 @@ def _matvec(out: type[Structure]) -> type[Structure]:
         ("in_gain", c_void_p),
         ("out", out),
         ("n_rows", c_int),
-        ("ahead", c_void_p * 2),
-        ("ahead_bytes", c_uint64 * 2),
     ]
     return type(f"Matvec{out.__name__}", (Structure,), {"_fields_": fields})
 

@@ -22,7 +22,7 @@ cp.async from sm_80, plain loads before (``Ring`` in kernels/primitives.cuh).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_uint64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass, field
 
 from headrace.cuda import arguments as c
@@ -42,9 +42,7 @@ from headrace.errors import DeviceError
 GROUP = 16
 """Activations that share a scale."""
 PAGE_SIZE = 64
-MAX_SPLITS = 64
-"""Splits of one row's positions in attention, at most."""
-SPLIT = 256
+SPLIT = 128
 """Positions of a split, at least."""
 ATTEND_WARPS = 4
 _PARTIAL_LIMIT = 48 << 10
@@ -92,9 +90,7 @@ class Tuning:
     stages: int = 2
     exclusive: bool = True
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
-    two, programmatic launches pile the blocks of one kernel onto few multiprocessors."""
-    ahead: int = 128 << 10
-    """Bytes of the next matvec's weights that a block asks into L2 when it has requested its own."""
+    two, the kernels of a chain of programmatic launches get in each other's way."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,9 @@ def matvec_shape(
     grid = min(device.sm_count, units)
     at_once = 1 if floats else min(4, 1 << (rows - 1).bit_length())
     unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
-    options = ((w, s, r) for r in (4, 2, 1) for w in (16, 8, 4, 2, 1) for s in (4, 3, 2, 1))
+    options = (
+        (w, s, r) for r in (4, 2, 1) for w in (32, 24, 16, 12, 8, 4, 2, 1) for s in (4, 3, 2, 1)
+    )
     for warps, stages, r in options:
         if warps > tuning.warps or stages > tuning.stages or r > at_once:
             continue
@@ -149,13 +147,11 @@ def matvec(
     in_gain: int = 0,
     floats: bool = False,
     macros: dict[str, object] | None = None,
-    ahead: Sequence[tuple[int, int]] = (),
     tuning: Tuning = Tuning(),
 ) -> Launch:
     """``y = W x`` for one to three matrices over rows ``first_row …`` of x.
 
     ``norm_eps``: x was stored times the norm's weight, with its squares; divide by its RMS.
-    ``ahead``: (address, bytes) of up to two ranges of weights that the next matvec will read.
     ``floats``: read x's float values (times ``in_gain`` if there is a norm), not its int8 groups.
     """
     paired = isinstance(epilogue, c.Product)
@@ -188,7 +184,6 @@ def matvec(
         **{f"TYPE{i}": types[i] for i in range(3)},
         **{f"N{i}": sizes[i] for i in range(3)},
         "PAIRED": paired,
-        "AHEAD": tuning.ahead if ahead else 0,
         "UNIT_ROWS": unit_rows,
         "ROWS": shape.rows,
         "FLOAT_ACTIVATIONS": floats,
@@ -210,8 +205,6 @@ def matvec(
         in_gain,
         epilogue,
         n_rows,
-        (c_void_p * 2)(*(address for address, _ in ahead)),
-        (c_uint64 * 2)(*(n_bytes for _, n_bytes in ahead)),
     )
     grid = (shape.grid, -(-n_rows // shape.rows), 1)
     return Launch(
@@ -284,27 +277,32 @@ def head_tiles(n_heads: int, n_kv_heads: int) -> int:
     return n_kv_heads * -(-(n_heads // n_kv_heads) // 8)
 
 
+def max_splits(device: Device, n_heads: int, n_kv_heads: int) -> int:
+    """Splits of one row's positions, at most: two blocks for every multiprocessor."""
+    return min(64, max(1, 2 * device.sm_count // head_tiles(n_heads, n_kv_heads)))
+
+
 def attend(
-    shape: CacheShape, arguments: c.Attend, n_rows: int, longest: int, *,
+    device: Device, shape: CacheShape, arguments: c.Attend, n_rows: int, longest: int, *,
     scale: float, window: int | None, softcap: float | None,
 ) -> Launch:  # fmt: skip
     """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
+    most = max_splits(device, shape.n_heads, shape.n_kv_heads)
     constants = shape.macros | {
         "HEADS": shape.n_heads,
         "SCALE": float(scale),
         "WINDOW": window or 0,
         "SOFTCAP": float(softcap or 0.0),
         "SPLIT": SPLIT,
-        "MAX_SPLITS": MAX_SPLITS,
+        "MAX_SPLITS": most,
         "WARPS": ATTEND_WARPS,
     }
     visible = min(longest, (window or longest) + SPLIT)
-    grid = (
-        head_tiles(shape.n_heads, shape.n_kv_heads),
-        min(MAX_SPLITS, -(-visible // SPLIT)),
-        n_rows,
-    )
-    shared = shape.cache_dim // 16 * 512 + ATTEND_WARPS * 8 * (shape.cache_dim + 2) * 4 + 16
+    splits = min(most, -(-visible // SPLIT))
+    blocks = head_tiles(shape.n_heads, shape.n_kv_heads)
+    grid = (blocks, splits, n_rows)
+    sums = ATTEND_WARPS * 8 * (shape.cache_dim + 2) * 4
+    shared = shape.cache_dim // 16 * 512 + sums + 8 * most * 4 + 16
     return Launch(
         Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
     )
@@ -317,7 +315,9 @@ def embed(matrix: Matrix, arguments: c.Embed, n_rows: int, *, scale: float) -> L
         "SCALE": float(scale),
         "WARPS": 8,
     }
-    return Launch(Specialisation.of("embed", constants), (n_rows, 1, 1), 256, 0, arguments)
+    grid = (-(-matrix.layout.k // TILE_COLUMNS), n_rows, 1)
+    shared = TILE_COLUMNS // GROUP * (GROUP + 1) * 4
+    return Launch(Specialisation.of("embed", constants), grid, 256, shared, arguments)
 
 
 def post_norm(width: int, arguments: c.PostNorm, n_rows: int, *, eps: float) -> Launch:

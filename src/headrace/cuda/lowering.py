@@ -11,9 +11,9 @@ from headrace.cuda import arguments as c
 from headrace.cuda import launchers
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
-from headrace.cuda.launchers import GROUP, MAX_SPLITS, Activations, CacheShape, Tuning, padded
+from headrace.cuda.launchers import GROUP, Activations, CacheShape, Tuning, padded
 from headrace.cuda.layout import FLOAT_TYPES
-from headrace.cuda.weights import RowOrder, WeightIndex, linears, row_order
+from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import ModelError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
@@ -72,7 +72,6 @@ class Lowering:
         self.caches: list[LayerCache] = []
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, _next_norms(decoder), strict=True))
-        self._following = _next_matrices(decoder)
         self.cache_shapes = _cache_shapes(decoder)
         self._reserve()
 
@@ -97,8 +96,9 @@ class Lowering:
         shapes = self.cache_shapes.values()
         blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
         n_heads, dim = max(s.n_heads for s in shapes), max(s.cache_dim for s in shapes)
-        self.arena.reserve("attention splits", (rows, n_heads, MAX_SPLITS, dim), np.float32)
-        self.arena.reserve("attention maxima", (rows, n_heads, MAX_SPLITS, 2), np.float32)
+        most = max(launchers.max_splits(self.device, s.n_heads, s.n_kv_heads) for s in shapes)
+        self.arena.reserve("attention splits", (rows, n_heads, most, dim), np.float32)
+        self.arena.reserve("attention maxima", (rows, n_heads, most, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
         self.arena.reserve("argmax best", (launchers.ARGMAX_BLOCKS,), np.uint64)
         self.arena.reserve("argmax arrivals", (1,), np.uint32)
@@ -174,17 +174,6 @@ class Lowering:
     def _gain(self, operation: Operation) -> int:
         return self.weights.vector(self._gains[operation].weight)
 
-    def _ahead(self, operation: Operation) -> list[tuple[int, int]]:
-        """The ranges of weights that the next matvec reads: neighbours in the arena are one."""
-        ranges: list[tuple[int, int]] = []
-        for linear, order, side_by_side in self._following.get(operation, ()):
-            matrix = self.weights.linear(linear, order)
-            begin, end = matrix.address, matrix.address + matrix.layout.n_bytes
-            if ranges and not side_by_side and 0 <= begin - sum(ranges[-1]) < 4096:
-                begin = ranges.pop()[0]
-            ranges.append((begin, end - begin))
-        return ranges[:2]
-
     def _embed(self, op: Embed, step: Step) -> Iterator[Launch]:
         assert self.inputs is not None
         matrix = self.weights.matrix(op.weight)
@@ -213,7 +202,7 @@ class Lowering:
             c.Store(dense) if separate else c.Rotary(q, cache, turns), step.n_rows,
             norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
             macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if separate else shape.macros,
-            ahead=self._ahead(op), tuning=self.tuning,
+            tuning=self.tuning,
         )  # fmt: skip
         if separate:
             gains = [w.vector(norm.weight, order) if norm else 0 for norm in norms]
@@ -231,7 +220,7 @@ class Lowering:
         out = self.activations("attention").at(0)
         arguments = c.Attend(self.arena["q"].address, self._cache(op.layer), out, *work)
         yield launchers.attend(
-            self.cache_shapes[op.layer], arguments, step.n_rows, step.longest,
+            self.device, self.cache_shapes[op.layer], arguments, step.n_rows, step.longest,
             scale=op.scale, window=op.window, softcap=op.softcap,
         )  # fmt: skip
 
@@ -244,7 +233,7 @@ class Lowering:
             self.device, [matrix], self.activations(source),
             c.Store(dense.address) if post_norm else residual, step.n_rows, floats=self.floats,
             macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if post_norm else None,
-            ahead=self._ahead(op), tuning=self.tuning,
+            tuning=self.tuning,
         )  # fmt: skip
         if post_norm:
             gain = self.weights.vector(post_norm.weight)
@@ -257,8 +246,7 @@ class Lowering:
             self.device, [w.linear(op.gate), w.linear(op.up)], self.activations("x"),
             c.Product(self.activations("hidden").at(0)), step.n_rows,
             norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
-            macros={"ACTIVATION": _ACTIVATIONS[op.activation]}, ahead=self._ahead(op),
-            tuning=self.tuning,
+            macros={"ACTIVATION": _ACTIVATIONS[op.activation]}, tuning=self.tuning,
         )  # fmt: skip
 
     def _head(self, op: Head, step: Step) -> Iterator[Launch]:
@@ -296,19 +284,6 @@ def _next_norms(decoder: Decoder) -> list[Norm]:
         norms.append(following)
         following = own or following
     return norms[::-1]
-
-
-def _next_matrices(decoder: Decoder) -> dict[Operation, list[tuple[Linear, RowOrder, bool]]]:
-    """For each operation, what the next matvec after it reads; True: side by side with the last."""
-    found: dict[Operation, list[tuple[Linear, RowOrder, bool]]] = {}
-    following: list[tuple[Linear, RowOrder, bool]] = []
-    for operation in reversed(decoder.operations):
-        found[operation] = following
-        own = [(linear, order, False) for linear, order in linears(operation)]
-        if isinstance(operation, FeedForwardIn):
-            own = [(linear, order, True) for linear, order, _ in own]
-        following = own or following
-    return found
 
 
 def _cache_shapes(decoder: Decoder) -> dict[int, CacheShape]:

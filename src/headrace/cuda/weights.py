@@ -66,7 +66,7 @@ class WeightIndex:
         self._ropes: dict[Rope, None] = {}
         self._arena = Arena("weights")
         for operation in decoder.operations:
-            for linear, order in linears(operation):
+            for linear, order in _linears(operation):
                 self._add_matrix(linear.weight, (linear.n, linear.k), order)
                 if linear.bias is not None:
                     self._add_vector(linear.bias, linear.n, order)
@@ -172,7 +172,7 @@ def _key(kind: str, name: str, order: RowOrder) -> str:
     )
 
 
-def linears(operation: object) -> Iterator[tuple[Linear, RowOrder]]:
+def _linears(operation: object) -> Iterator[tuple[Linear, RowOrder]]:
     match operation:
         case ProjectQKV(q=q, k=k, v=v):
             order = row_order(operation)

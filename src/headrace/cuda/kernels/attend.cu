@@ -16,7 +16,7 @@
 
 constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
-constexpr int SHARED_BYTES = FRAGMENTS * 512 + WARPS * TILE * (CACHE_DIM + 2) * 4 + 16;
+constexpr int SHARED_BYTES = FRAGMENTS * 512 + WARPS * TILE * (CACHE_DIM + 2) * 4 + TILE * MAX_SPLITS * 4 + 16;
 
 struct AttendArgs {
   const float* q;          // [rows, HEADS × HEAD_DIM], rotated
@@ -35,6 +35,53 @@ DEVICE Splits splits_of(int position) {
   return {begin, begin / size, size, position / size - begin / size + 1};
 }
 
+// The first position of a warp's first step in a split.
+DEVICE int first_base(const Splits& s, int split, int warp) {
+  return max((s.first + split) * s.size, s.begin) / STEP * STEP + warp * STEP;
+}
+
+// weights[head, s] = what split s counts in the whole: exp(its maximum − the greatest) / the sum. A warp a head.
+DEVICE void join_weights(const float2* max_sum, int heads, int count, float* weights) {
+  const int lane = threadIdx.x & 31;
+  for (int head = threadIdx.x >> 5; head < heads; head += WARPS) {
+    float2 m[(MAX_SPLITS + 31) / 32];
+    float largest = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i) {
+      const int s = lane + 32 * i;
+      m[i] = s < count ? load_fresh(max_sum + head * MAX_SPLITS + s) : make_float2(-INFINITY, 0.f);
+      largest = fmaxf(largest, m[i].x);
+    }
+#pragma unroll
+    for (int step = 16; step; step >>= 1) largest = fmaxf(largest, shuffle_xor(largest, step));
+#pragma unroll
+    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i) {
+      m[i].x = expf(m[i].x - largest);
+      sum = fmaf(m[i].y, m[i].x, sum);
+    }
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i)
+      if (lane + 32 * i < count) weights[head * MAX_SPLITS + lane + 32 * i] = m[i].x / sum;
+  }
+}
+
+// out[head, dim] = the splits' sums, weighted, in order; many loads in flight.
+DEVICE void join(const float* partial, int heads, int count, const float* weights, float* out) {
+  for (int i = 4 * threadIdx.x; i < heads * CACHE_DIM; i += 4 * WARPS * 32) {
+    const int head = i / CACHE_DIM;
+    const float* p = partial + (u64)head * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM;
+    float4 v = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+    for (int s = 0; s < count; ++s) {
+      const float4 x = load_fresh((const float4*)(p + s * CACHE_DIM));
+      const float w = weights[head * MAX_SPLITS + s];
+      v.x = fmaf(x.x, w, v.x); v.y = fmaf(x.y, w, v.y); v.z = fmaf(x.z, w, v.z); v.w = fmaf(x.w, w, v.w);
+    }
+    *(float4*)(out + i) = v;
+  }
+}
+
 // Two floats as f16 pairs: rounded, and the rest.
 DEVICE void split_halves(float x, float y, u32& high, u32& low) {
   const u16 hx = float_to_half(x), hy = float_to_half(y);
@@ -46,10 +93,9 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
   float accumulator[CACHE_DIM / 8][4] = {};
   float largest = -INFINITY, sum = 0.f;
 
-  // Positions base … base + 31, of which [low, high) count.
-  DEVICE void step(const uint4* q, const Cache& cache, int slot, int head, int base, int low, int high) {
+  // Positions base … base + 31, in `page`, of which [low, high) count.
+  DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
     const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-    const u64 page = cache.page(slot, base);
     float score[4][4] = {};
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
@@ -112,13 +158,16 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
   uint4* const q = (uint4*)shared;                                // [FRAGMENTS, lane]
   float* const sums = (float*)(q + FRAGMENTS * 32);               // [WARPS, TILE, CACHE_DIM]
   float2* const max_sums = (float2*)(sums + WARPS * TILE * CACHE_DIM);  // [WARPS, TILE]
-  int* const is_last = (int*)(max_sums + WARPS * TILE);
+  float* const weights = (float*)(max_sums + WARPS * TILE);       // [TILE, MAX_SPLITS]
+  int* const is_last = (int*)(weights + TILE * MAX_SPLITS);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, line = lane >> 2, quad = lane & 3;
   const int kv_head = blockIdx.x / HEAD_TILES, tile = blockIdx.x % HEAD_TILES, row = blockIdx.z;
   const int first_head = kv_head * GROUP_HEADS + tile * TILE, heads = min(TILE, GROUP_HEADS - tile * TILE);
   dependents_launch();
   const int position = load_fresh(a.cache.positions + row), slot = load_fresh(a.cache.slots + row);
   const Splits splits = splits_of(position);
+  // A warp without positions of its own reads a page entry and no more.
+  u64 page = a.cache.page(slot, min(first_base(splits, min((int)blockIdx.y, splits.count - 1), warp), position));
   dependency_wait();
   if (blockIdx.y >= splits.count) return;
 
@@ -145,8 +194,10 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     const int start = (splits.first + split) * splits.size;
     const int low = max(start, splits.begin), high = min(start + splits.size, position + 1);
     Warp w;
-    for (int base = low / STEP * STEP + warp * STEP; base < high; base += WARPS * STEP)
-      w.step(q, a.cache, slot, kv_head, base, low, high);
+    for (int base = low / STEP * STEP + warp * STEP; base < high; base += WARPS * STEP) {
+      w.step(q, a.cache, page, kv_head, base, low, high);
+      if (base + WARPS * STEP < high) page = a.cache.page(slot, base + WARPS * STEP);
+    }
     w.sum += shuffle_xor(w.sum, 1);
     w.sum += shuffle_xor(w.sum, 2);
     if (quad == 0) max_sums[warp * TILE + line] = make_float2(w.largest, w.sum);
@@ -159,7 +210,9 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     for (int i = threadIdx.x; i < heads * CACHE_DIM; i += WARPS * 32) {
       const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
       float largest = -INFINITY, sum = 0.f, v = 0.f;
+#pragma unroll
       for (int k = 0; k < WARPS; ++k) largest = fmaxf(largest, max_sums[k * TILE + head].x);
+#pragma unroll
       for (int k = 0; k < WARPS; ++k) {
         const float2 m = max_sums[k * TILE + head];
         const float scale = expf(m.x - largest);
@@ -178,22 +231,17 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     sync_block();
     if (threadIdx.x == 0) *is_last = atomic_add(a.arrived + row * gridDim.x + blockIdx.x, 1) == (u32)splits.count - 1;
     sync_block();
-    if (!*is_last) continue;
-
-    fence_device();
-    if (threadIdx.x == 0) a.arrived[row * gridDim.x + blockIdx.x] = 0;
-    for (int i = threadIdx.x; i < heads * CACHE_DIM; i += WARPS * 32) {
-      const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
-      const u64 at = ((u64)row * HEADS + first_head + head) * MAX_SPLITS;
-      float largest = -INFINITY, sum = 0.f, v = 0.f;
-      for (int s = 0; s < splits.count; ++s) largest = fmaxf(largest, load_fresh(a.partial_max_sum + at + s).x);
-      for (int s = 0; s < splits.count; ++s) {
-        const float2 m = load_fresh(a.partial_max_sum + at + s);
-        const float scale = expf(m.x - largest);
-        sum = fmaf(m.y, scale, sum);
-        v = fmaf(load_fresh(a.partial + (at + s) * CACHE_DIM + dim), scale, v);
-      }
-      finish(head, dim, v / sum);
+    if (*is_last) {
+      fence_device();
+      if (threadIdx.x == 0) a.arrived[row * gridDim.x + blockIdx.x] = 0;
+      const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
+      join_weights(a.partial_max_sum + at, heads, splits.count, weights);
+      sync_block();
+      join(a.partial + at * CACHE_DIM, heads, splits.count, weights, sums);
+      sync_block();
+      for (int i = threadIdx.x; i < heads * CACHE_DIM; i += WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
+    } else if (split + gridDim.y < splits.count) {
+      page = a.cache.page(slot, first_base(splits, split + gridDim.y, warp));
     }
   }
 }

@@ -1,5 +1,5 @@
-// Token ids to the residual stream: one row of the (tiled, quantised) embedding a block, scaled, and
-// quantised for the first layer's norm. Macros: TYPE, K (the width), SCALE, WARPS.
+// Token ids to the residual stream: one 1,024-column slice of a row of the (tiled, quantised)
+// embedding a block, scaled, and quantised for the first layer's norm. Macros: TYPE, K (the width), SCALE, WARPS.
 #include "activations.cuh"
 #include "blocks.cuh"
 
@@ -10,32 +10,35 @@ struct EmbedArgs {
   const float* gain;  // of the first norm
 };
 
-constexpr int SHARED_BYTES = 0;
+constexpr int PITCH = GROUP + 1;  // groups are stored by one lane each, and read by one lane a value
+constexpr int SHARED_BYTES = TILE_COLUMNS / GROUP * PITCH * 4;
 
 KERNEL(WARPS * 32, 1) embed(ARGS(EmbedArgs, a)) {
   using T = Tiles<TYPE, K>;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  using B = Block<TYPE>;
+  DYNAMIC_SHARED(shared);
+  float* const values = (float*)shared;
+  const int lane = threadIdx.x & 31, slice = blockIdx.x, start = slice * TILE_COLUMNS;
   dependents_launch();
   dependency_wait();
-  const int token = load_fresh(a.tokens + blockIdx.x);
-  const Row x = a.x.row<K>(blockIdx.x);
-  for (int slice = warp; slice < T::SLICES; slice += WARPS) {
-    if (Block<TYPE>::block(lane) >= T::blocks(slice)) continue;
+  const int token = load_fresh(a.tokens + blockIdx.y);
+  if (threadIdx.x < 32 && B::block(lane) < T::blocks(slice)) {
     float v[32];
-    const u8* tile = a.weights + T::offset(token / TILE_ROWS, slice);
-    lane_values<TYPE>(v, tile, T::blocks(slice), token % TILE_ROWS, lane);
-    float* pa = x.values + slice * TILE_COLUMNS + Block<TYPE>::group_a(lane) * GROUP;
-    float* pb = x.values + slice * TILE_COLUMNS + Block<TYPE>::group_b(lane) * GROUP;
+    lane_values<TYPE>(v, a.weights + T::offset(token / TILE_ROWS, slice), T::blocks(slice), token % TILE_ROWS, lane);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
-      pa[i] = SCALE * v[i];
-      pb[i] = SCALE * v[GROUP + i];
+      values[B::group_a(lane) * PITCH + i] = SCALE * v[i];
+      values[B::group_b(lane) * PITCH + i] = SCALE * v[GROUP + i];
     }
   }
   sync_block();
-  for (int i = threadIdx.x; i < (K + 31) / 32 * 32; i += WARPS * 32) {
-    const bool live = i < K;
-    store_group(x, i, live ? x.values[i] : 0.f, live ? a.gain[i] : 0.f, live);
+  const Row x = a.x.row<K>(blockIdx.y);
+#pragma unroll
+  for (int i = threadIdx.x; i < TILE_COLUMNS; i += WARPS * 32) {
+    const bool live = start + i < K;
+    float v = 0.f;
+    if (live) x.values[start + i] = v = values[i / GROUP * PITCH + i % GROUP];
+    store_group(x, start + i, v, live ? a.gain[start + i] : 0.f, live);
   }
 }
 HOST_ENTRY(embed, EmbedArgs)

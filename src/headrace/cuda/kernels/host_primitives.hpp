@@ -330,11 +330,6 @@ DEVICE void fence_device() {}
 DEVICE void fence_system() {}
 DEVICE u32 atomic_add(u32* p, u32 v) { const u32 old = *p; *p += v; return old; }
 DEVICE void store_release_system(u64* p, u64 v) { *(volatile u64*)p = v; }
-DEVICE void prefetch_l2(const void* p, u32 bytes) {
-  const volatile u8* b = (const u8*)p;
-  if (((uintptr_t)p | bytes) & 15) host::block.fault = "a prefetch is not aligned to 16 bytes";
-  else (void)b[0], (void)b[bytes - 1];  // AddressSanitizer sees what is not ours
-}
 DEVICE void dependency_wait() {}
 DEVICE void dependents_launch() {}
 

@@ -7,7 +7,7 @@
 // Integer dots, and sums in an order that depends neither on the grid nor on ROWS: a row's result is
 // bit-equal whoever travels with it.
 //
-// Macros: ARCH; AHEAD (bytes a block prefetches of the next matvec's weights); K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
+// Macros: ARCH; K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
 // are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
@@ -159,25 +159,7 @@ struct MatvecArgs {
   const float* in_gain;  // the norm's weight, for float activations only
   Epilogue out;
   int n_rows;            // of x
-  // What the next matvec reads, as up to two ranges that its blocks divide as this one's do.
-  const u8* ahead[2];
-  u64 ahead_bytes[2];
 };
-
-// When a block has no more tiles to request, it asks for the next kernel's first ones to be brought into
-// L2: memory then works on while the end of this kernel, and the start of the next, wait for each other.
-// Piece e of the STAGES × WARPS pieces of AHEAD bytes.
-DEVICE void prefetch_ahead(const MatvecArgs& a, int e) {
-  constexpr u32 PIECE = AHEAD / (STAGES * WARPS) / 16 * 16;
-  if (PIECE == 0 || (threadIdx.x & 31) != 0) return;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const u64 bytes = a.ahead_bytes[i];
-    const u32 share = a.ahead_bytes[1] ? PIECE / 32 * 16 : PIECE;
-    const u64 begin = bytes * blockIdx.x / GRID / 16 * 16 + (u64)e * share, end = bytes * (blockIdx.x + 1) / GRID / 16 * 16;
-    if (share && begin + share <= end) prefetch_l2(a.ahead[i] + begin, share);
-  }
-}
 
 // Output i of a pass: of row `row` of x, row `n` of matrix `segment`; its sums are at `local` (and, of
 // a pair's second matrix, UNIT_ROWS further on).
@@ -241,10 +223,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
 
   Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES);
   auto request = [&](int stage, int t) {
-    if (t >= tiles) {
-      prefetch_ahead(a, t - tiles);
-      return ring.request(stage, nullptr, 0);
-    }
+    if (t >= tiles) return ring.request(stage, nullptr, 0);
     const Place p = place(first, t);
     if (p.segment == 0) ring.request(stage, S0::tile(a.weights[0], p.group, p.slice), S0::bytes(p.slice));
     else if (p.segment == 1) ring.request(stage, S1::tile(a.weights[1], p.group, p.slice), S1::bytes(p.slice));

@@ -66,15 +66,6 @@ DEVICE void mma_f16(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
 #endif
 }
 
-// Asks for memory to be brought into L2; nothing waits for it. Multiples of 16 bytes.
-DEVICE void prefetch_l2(const void* p, u32 bytes) {
-#if ARCH >= 90
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#else
-  for (u32 i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + i));
-#endif
-}
-
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 #if ARCH >= 90

@@ -1,0 +1,173 @@
+"""Attention over the paged cache, and the rotary kernel that fills it, against float64 NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from device_memory import activations, poisoned, put, read_quantised
+
+from headrace.cuda import arguments as c
+from headrace.cuda.device import Device
+from headrace.cuda.host import HostDevice
+from headrace.cuda.launchers import PAGE_SIZE, CacheShape, attend, head_tiles, max_splits, rotary
+from headrace.model.operations import Pairing, Rope
+from headrace.reference import operations
+
+
+class Cache:
+    """A cache of random keys and values, some slots long; NaN wherever no position lies."""
+
+    def __init__(
+        self, device: Device, rng: np.random.Generator, shape: CacheShape, lengths: list[int]
+    ):
+        n_pages = sum(-(-n // PAGE_SIZE) for n in lengths)
+        order = rng.permutation(n_pages)
+        heads, dim = shape.n_kv_heads, shape.cache_dim
+        keys = np.full((n_pages, heads, PAGE_SIZE, dim), np.nan, np.float16)
+        values = np.full((n_pages, heads, dim, PAGE_SIZE), np.nan, np.float16)
+        table = np.full((len(lengths), max(-(-n // PAGE_SIZE) for n in lengths)), -1, np.int32)
+        self.keys, self.values = [], []
+        for slot, n in enumerate(lengths):
+            k, v = rng.standard_normal((2, n, heads, shape.head_dim)).astype(np.float16)
+            self.keys.append(k.astype(np.float64))
+            self.values.append(v.astype(np.float64))
+            for i in range(-(-n // PAGE_SIZE)):
+                page, order = int(order[0]), order[1:]
+                table[slot, i] = page
+                rows = slice(i * PAGE_SIZE, min(n, (i + 1) * PAGE_SIZE))
+                count = rows.stop - rows.start
+                keys[page, :, :count] = 0
+                values[page, :, shape.head_dim :] = 0
+                keys[page, :, :count, : shape.head_dim] = k[rows].transpose(1, 0, 2)
+                values[page, :, : shape.head_dim, :count] = v[rows].transpose(1, 2, 0)
+        self.device_keys, self.device_values = put(device, keys), put(device, values)
+        self.table = put(device, table)
+
+    def arguments(self, device: Device, positions: np.ndarray, slots: np.ndarray) -> c.Cache:
+        rows = [put(device, a.astype(np.int32)).address for a in (positions, slots)]
+        addresses = (self.device_keys.address, self.device_values.address, self.table.address)
+        return c.Cache(*addresses, *rows, self.table.shape[1])
+
+
+def run(
+    device: Device, shape: CacheShape, rows: list[tuple[int, int]], lengths: list[int], *,
+    window: int | None = None, softcap: float | None = None, longest: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(device, its int8 copy, reference), [rows, heads × dim]; rows are (slot, position)."""
+    rng = np.random.default_rng(len(lengths) + shape.n_heads)
+    cache = Cache(device, rng, shape, lengths)
+    slots, positions = np.array(rows).T
+    n, heads, width = len(rows), shape.n_heads, shape.n_heads * shape.head_dim
+    q = rng.standard_normal((n, heads, shape.head_dim)).astype(np.float32)
+    out = activations(device, n, width)
+    most = max_splits(device, heads, shape.n_kv_heads)
+    work = [
+        poisoned(device, (n, heads, most, shape.cache_dim)).address,
+        poisoned(device, (n, heads, most, 2)).address,
+        put(device, np.zeros((n, head_tiles(heads, shape.n_kv_heads)), np.uint32)).address,
+    ]
+    scale = shape.head_dim**-0.5
+    arguments = c.Attend(
+        put(device, q).address, cache.arguments(device, positions, slots), out.at(0), *work
+    )
+    launch = attend(
+        device, shape, arguments, n, longest or int(positions.max()) + 1,
+        scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    device.launch(launch)
+    device.launch(launch)  # the arrival counters are as they were
+    wanted = np.concatenate(
+        [
+            operations.attention(
+                q[i : i + 1].astype(np.float64), cache.keys[slot], cache.values[slot],
+                np.array([position]), scale, window, softcap,
+            ).reshape(1, -1)
+            for i, (slot, position) in enumerate(rows)
+        ]
+    )  # fmt: skip
+    return device.download(out.values), read_quantised(device, out), wanted
+
+
+def check(got: np.ndarray, quantised: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.abs(got - wanted).max() < 2e-6 * np.abs(wanted).max() * 10
+    assert np.linalg.norm(quantised - wanted) < 0.01 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 1, 128), (2, 2, 64), (12, 1, 32), (3, 1, 80), (2, 1, 256)]
+)
+def test_head_shapes(device: Device, heads: int, kv_heads: int, dim: int) -> None:
+    check(*run(device, CacheShape(heads, kv_heads, dim), [(0, 0), (0, 40)], [41]))
+
+
+def test_every_generation_of_instructions(any_device: Device) -> None:
+    check(*run(any_device, CacheShape(4, 1, 64), [(0, 300)], [301]))
+
+
+def test_rows_of_several_slots_over_many_splits(device: Device) -> None:
+    rows = [(0, 129), (1, 5), (2, 700), (2, 701), (0, 63)]
+    check(*run(device, CacheShape(4, 2, 32), rows, [130, 6, 702]))
+
+
+@pytest.mark.parametrize("window", [1, 31, 64, 200])
+def test_windows(device: Device, window: int) -> None:
+    check(*run(device, CacheShape(2, 1, 32), [(0, 10), (0, 330)], [331], window=window))
+
+
+def test_softcap(device: Device) -> None:
+    check(*run(device, CacheShape(2, 1, 64), [(0, 200)], [201], softcap=1.5))
+
+
+def test_a_row_does_not_depend_on_the_grid(device: Device) -> None:
+    """A bound on the length that is too small, or far too large, only changes the speed."""
+    results = [
+        run(device, CacheShape(4, 1, 32), [(0, 500)], [501], longest=longest)[0]
+        for longest in (1, 501, 1 << 15)
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_the_order_of_threads_does_not_matter() -> None:
+    results = [
+        run(HostDevice(seed=seed), CacheShape(4, 1, 64), [(0, 300)], [301])[0] for seed in (3, 77)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("norms", [(True, True), (False, True)])
+def test_rotary_norms_rotates_and_fills_the_cache(device: Device, norms: tuple[bool, bool]) -> None:
+    rng = np.random.default_rng(1)
+    shape = CacheShape(3, 1, 96, 64, 1.25)
+    rows = [(0, 100_000 % 128), (1, 3)]
+    cache = Cache(device, rng, shape, [128, 4])
+    slots, positions = np.array(rows).T
+    qkv = rng.standard_normal((2, 5, 96)).astype(np.float32)
+    gains = rng.uniform(0.5, 2, (2, 96)).astype(np.float32)
+    rope = Rope(1e4, 64, Pairing.INTERLEAVED, magnitude=1.25)
+    inv_freq = operations.inverse_frequencies(rope, None)
+    q = poisoned(device, (2, 3, 96))
+    arguments = c.RotaryHeads(
+        put(device, qkv).address, put(device, gains[0]).address, put(device, gains[1]).address,
+        q.address, cache.arguments(device, positions, slots), put(device, inv_freq / (2 * np.pi)).address,
+    )  # fmt: skip
+    device.launch(rotary(shape, arguments, 2, eps=1e-6, q_norm=norms[0], k_norm=norms[1]))
+
+    heads = qkv.astype(np.float64)
+    normed = [
+        operations.rms_norm(heads[:, part], gain.astype(np.float64), 1e-6)
+        if norm
+        else heads[:, part]
+        for part, gain, norm in (
+            (slice(0, 3), gains[0], norms[0]),
+            (slice(3, 4), gains[1], norms[1]),
+        )
+    ]
+    wanted_q, wanted_k = (operations.rotate(x, positions, rope, inv_freq) for x in normed)
+    np.testing.assert_allclose(device.download(q), wanted_q, atol=2e-6)
+    keys, values = device.download(cache.device_keys), device.download(cache.device_values)
+    table = device.download(cache.table)
+    for i, (slot, position) in enumerate(rows):
+        page, offset = table[slot, position // PAGE_SIZE], position % PAGE_SIZE
+        np.testing.assert_allclose(keys[page, 0, offset], wanted_k[i, 0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(values[page, 0, :, offset], qkv[i, 4], rtol=1e-3, atol=1e-3)
