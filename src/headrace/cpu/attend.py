@@ -32,14 +32,14 @@ def head_stride(head_dim: int) -> int:
 
 
 @compiled_in_order
-def _capped(score, cap):  # type: ignore[no-untyped-def]
+def _capped(score, cap):
     """cap · tanh(score / cap)."""
     e = exp(np.float32(-2.0) * abs(score) / cap)
     return math.copysign(cap * (np.float32(1.0) - e) / (np.float32(1.0) + e), score)
 
 
 @compiled
-def _soften(scores, low, high, cap, maximum):  # type: ignore[no-untyped-def]
+def _soften(scores, low, high, cap, maximum):
     """Scores [PAGE_SIZE] to weights in place; those outside [low, high) to 0.
 
     Returns the new running maximum and the sum of the weights.
@@ -63,7 +63,7 @@ def _soften(scores, low, high, cap, maximum):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def attend_block(  # type: ignore[no-untyped-def]
+def attend_block(
     q, out, positions, pages, n_rows, first_head, n_heads, head_dim, scale, window, cap,
     keys, values, page_bytes, kernels, scratch,
 ):  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import tempfile
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def _source_digest() -> str:
     """Of everything a kernel's code depends on besides its type and instruction set."""
     digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.llvm_version_info}".encode())
     for module in (ir, isa, matmul, unpack, attention):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
 
@@ -75,7 +76,7 @@ def _cached_object(
     A file is its magic, the SHA-256 of the code, and the code: a half-written or damaged one is
     compiled again. Writers rename into place, so two processes may compile at once.
     """
-    key = f"{_source_digest()} {name} {target} {llvm.get_process_triple()}"
+    key = f"{_source_digest()} {name} {target.name} {llvm.get_process_triple()}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = cache_directory() / f"{name}-{target.name}-{digest}.o"
     try:

@@ -16,7 +16,7 @@ def _pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _void_pointer(typing_context: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _pointer(builder, args[0], ir.IntType(8))
@@ -24,19 +24,19 @@ def _void_pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
-@nb.njit(inline="always")  # type: ignore[untyped-decorator]
-def floats(address, shape):  # type: ignore[no-untyped-def]
+@nb.njit(inline="always")
+def floats(address, shape):
     """The memory at ``address`` as a C-contiguous float32 array of ``shape``."""
     return nb.carray(_void_pointer(address), shape, nb.float32)
 
 
-@nb.njit(inline="always")  # type: ignore[untyped-decorator]
-def halves(address, shape):  # type: ignore[no-untyped-def]
+@nb.njit(inline="always")
+def halves(address, shape):
     """The memory at ``address`` as the bits of half-precision floats, uint16 of ``shape``."""
     return nb.carray(_void_pointer(address), shape, nb.uint16)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at ``address``; returns what it held before. Sequentially consistent."""
 
@@ -46,7 +46,7 @@ def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def atomic_exchange(typing_context: Any, address: Any, value: Any) -> Any:
     """Store ``value`` at ``address``; returns what it held before. Sequentially consistent."""
 
@@ -56,7 +56,7 @@ def atomic_exchange(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def atomic_load(typing_context: Any, address: Any) -> Any:
     """The int64 at ``address``, sequentially consistent."""
 
@@ -66,7 +66,7 @@ def atomic_load(typing_context: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float_bits(typing_context: Any, value: Any) -> Any:
     """The bits of a float32 as int32."""
 
@@ -76,7 +76,7 @@ def float_bits(typing_context: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float_from_bits(typing_context: Any, value: Any) -> Any:
     """The float32 with these int32 bits."""
 
@@ -97,13 +97,13 @@ def _caller(n: int) -> Any:
     return types.void(*[types.int64] * (n + 1)), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call4(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Call the function at ``address`` with four int64 arguments."""
     return _caller(4)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call6(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     """Call the function at ``address`` with six int64 arguments."""
     return _caller(6)

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 
 i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 f16, f32 = ir.HalfType(), ir.FloatType()
-Value = ir.Value
+Value: TypeAlias = Any
+"""An ``llvmlite.ir.Value``: the library has no type hints."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ class Tile:
         """Vectors side by side as one; a power of two of them."""
         while len(parts) > 1:
             n = parts[0].type.count
-            parts = [self.shuffle(a, c, range(2 * n)) for a, c in zip(parts[::2], parts[1::2])]
+            parts = [
+                self.shuffle(a, c, range(2 * n))
+                for a, c in zip(parts[::2], parts[1::2], strict=True)
+            ]
         return parts[0]
 
     def _transpose(self, v: Sequence[Value]) -> list[Value]:

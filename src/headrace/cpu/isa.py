@@ -56,7 +56,7 @@ def _dot_portable(tile: Tile, sums: Value, weights: Value, x: Value, largest: in
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """``features`` must all be present on the host; ``cpu`` is the LLVM processor to compile for."""
+    """``features`` must all be present; ``cpu`` is the LLVM processor to compile for."""
 
     name: str
     lanes: int

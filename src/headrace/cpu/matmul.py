@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from llvmlite import ir
 
-from headrace.cpu.ir import Tile, Value, f32, i32, i64
+from headrace.cpu.ir import Value, f32, i32, i64
 from headrace.cpu.isa import InstructionSet
 from headrace.cpu.unpack import UNPACKERS, Group, Unpacker
 from headrace.gguf.types import QuantType
@@ -37,14 +37,15 @@ GROUP_RECORD = np.dtype(
 ARGUMENTS = ("weights", "n", "x", "records", "t", "y", "y_stride", "accumulate")
 """The int64 fields of a kernel's argument array; addresses and strides in bytes.
 
-weights: packed [n, k], n at least a tile; x: int8 [t, k] (float32 for float weights); records: [t, k/16];
-y: float32, row stride ``y_stride``; accumulate: 1 to add to y instead of replacing it.
+weights: packed [n, k], n at least a tile; x: int8 [t, k] (float32 for float weights);
+records: [t, k/16]; y: float32, row stride ``y_stride``; accumulate: 1 to add to y.
 """
 
 SIGNATURE = ir.FunctionType(ir.VoidType(), [i64, i64, i64, i64])
 """kernel(arguments, first tile, last tile + 1, scratch)."""
 
-_FIELD = {name: GROUP_RECORD.fields[name][1] for name in GROUP_RECORD.names}
+_FIELD = {"scale": 0, "sum": 4, "pair_sum": 8}
+"""Byte offsets in a record."""
 
 _BATCH = 256
 """Weights of a row unpacked at a time when several activation rows share them."""
@@ -76,9 +77,11 @@ class _Kernel:
         self.tile = isa.tile(self.b)
         self.vector = 4 * isa.lanes
         arguments, self.first, self.last, self.scratch = function.args
-        self.weights, self.n, self.x, self.records, self.t, self.y, self.y_stride, self.accumulate = (
+        fields = [
             self.tile.load(self.tile.at(arguments, 8 * i), i64, 8) for i in range(len(ARGUMENTS))
-        )
+        ]
+        self.weights, self.n, self.x, self.records = fields[:4]
+        self.t, self.y, self.y_stride, self.accumulate = fields[4:]
         self.scales = self.tile.at(self.scratch, _BATCH // 4 * self.vector)
         self.shifts = self.tile.at(self.scales, _BATCH // 16 * self.vector)
         self.totals = self.tile.at(self.shifts, _BATCH // 16 * self.vector)
@@ -265,10 +268,7 @@ class _Kernel:
 
     def _float_pass(self, rows: Sequence[Value], t0: Value, width: int) -> None:
         b, tile = self.b, self.tile
-        xs = [
-            b.add(self.x, b.mul(b.add(t0, _const(i)), _const(4 * self.k)))
-            for i in range(width)
-        ]
+        xs = [b.add(self.x, b.mul(b.add(t0, _const(i)), _const(4 * self.k))) for i in range(width)]
         totals = [tile.variable(tile.vec(f32), tile.floats(0.0)) for _ in range(width)]
         per_load = 16 // self.qtype.block_bytes
         with tile.loop(_const(0), _const(self.k), per_load) as at:

@@ -7,6 +7,7 @@ Each function works on one row and is compiled into the step. Formulas are those
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -16,7 +17,7 @@ from headrace.cpu.intrinsics import float_bits, float_from_bits
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """What LLVM may do to vectorise: reorder sums. NaN and infinity keep their meaning."""
 
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
+_OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
 
 compiled = nb.njit(fastmath=_FAST, **_OPTIONS)
 compiled_in_order = nb.njit(fastmath={"contract"}, **_OPTIONS)
@@ -24,7 +25,7 @@ compiled_in_order = nb.njit(fastmath={"contract"}, **_OPTIONS)
 
 
 @compiled
-def rms_scale(x, eps):  # type: ignore[no-untyped-def]
+def rms_scale(x, eps):
     """1 / sqrt(mean(x²) + eps). x [n]."""
     total = np.float32(0.0)
     for i in range(x.shape[0]):
@@ -33,7 +34,7 @@ def rms_scale(x, eps):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
+def rms_norm(x, weight, eps, out):
     """out = x · rms_scale(x) · weight, all [n]."""
     scale = rms_scale(x, eps)
     for i in range(x.shape[0]):
@@ -41,7 +42,7 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def quantise_row(x, q, records):  # type: ignore[no-untyped-def]
+def quantise_row(x, q, records):
     """x [n] to int8 in groups of 16: q = round(x / scale), scale = max|x| / 127.
 
     n: a multiple of 32; records: ``matmul.GROUP_RECORD`` [n / 16].
@@ -68,7 +69,7 @@ def quantise_row(x, q, records):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rotate(head, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+def rotate(head, cos, sin, interleaved):
     """Turn the pairs of one head [head_dim] in place. cos, sin: [dim / 2]."""
     n = cos.shape[0]
     step, apart = (2, 1) if interleaved else (1, n)
@@ -79,7 +80,7 @@ def rotate(head, cos, sin, interleaved):  # type: ignore[no-untyped-def]
 
 
 @compiled_in_order
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e^x for x ≤ 0 or moderate x in float32, in a form LLVM vectorises. Error below 2 ulp.
 
     2^k · e^r with r = x - k ln 2 (Cody–Waite) and a degree-6 Taylor–Horner polynomial. Clamped to
@@ -99,7 +100,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def silu_times(gate, up):  # type: ignore[no-untyped-def]
+def silu_times(gate, up):
     """gate = silu(gate) · up, in place, all [n]."""
     for i in range(gate.shape[0]):
         g = gate[i]
@@ -107,7 +108,7 @@ def silu_times(gate, up):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def gelu_times(gate, up):  # type: ignore[no-untyped-def]
+def gelu_times(gate, up):
     """gate = gelu_tanh(gate) · up, in place; (1 + tanh t) / 2 = 1 / (1 + e^-2t)."""
     for i in range(gate.shape[0]):
         g = gate[i]
@@ -116,7 +117,7 @@ def gelu_times(gate, up):  # type: ignore[no-untyped-def]
 
 
 @compiled_in_order
-def half_bits(x):  # type: ignore[no-untyped-def]
+def half_bits(x):
     """A float32 as IEEE half bits, to nearest even; beyond ±65504 clamped, NaN kept."""
     bits = float_bits(x)
     sign = (bits >> 16) & 0x8000

@@ -16,6 +16,7 @@ from headrace.cpu.compile import matmul_library
 from headrace.cpu.isa import InstructionSet
 from headrace.cpu.unpack import UNPACKERS
 from headrace.errors import DeviceError
+from headrace.gguf.quants import dequantize
 from headrace.gguf.types import Tensor
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
@@ -211,7 +212,7 @@ class Plan:
                 "kernel": library.address(matmul.kernel_name(tensor.qtype, linear.k)),
                 "n_tiles": -(-linear.n // self.isa.lanes),
                 "float_input": is_float,
-                "bias": self.vector(linear.bias),
+                "bias": self._address(linear.bias),
                 "weights": self._rows(tensor).ctypes.data,
                 "n": linear.n,
                 "x": (x if is_float else self.buffers.quantised).ctypes.data,
@@ -232,23 +233,18 @@ class Plan:
         return self._padded[-1]
 
     def _norm(self, address: str, eps: str, norm: Norm | None) -> dict[str, Any]:
-        return {} if norm is None else {address: self.vector(norm.weight), eps: norm.eps}
+        return {} if norm is None else {address: self._address(norm.weight), eps: norm.eps}
 
-    def vector_values(self, name):
-        self.vector(name)
-        return self._vectors[name]
-
-    def vector(self, name: str | None) -> int:
-        """Address of a vector weight as float32 (kept alive here), or 0."""
-        if name is None:
-            return 0
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A vector weight as float32, kept alive here."""
         if name not in self._vectors:
-            from headrace.gguf.quants import dequantize
-
             tensor = self.decoder.weights[name]
             values = dequantize(tensor.data, tensor.qtype).reshape(-1)
             self._vectors[name] = np.ascontiguousarray(values, np.float32)
-        return self._vectors[name].ctypes.data
+        return self._vectors[name]
+
+    def _address(self, name: str | None) -> int:
+        return 0 if name is None else self.vector(name).ctypes.data
 
 
 def _heads(operation: ProjectQKV | Attend) -> dict[str, int]:

@@ -186,17 +186,17 @@ class CPURunner:
         """The final norm of rows of the residual stream."""
         d = self.decoder.config.d_model
         head = next(o for o in self.decoder.operations if isinstance(o, Head))
-        weight = self._plan.vector_values(head.norm.weight)
+        weight = self._plan.vector(head.norm.weight)
         x = self._plan.buffers.x.reshape(-1, d)[rows]
         scale = 1 / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + head.norm.eps)
-        return (x * scale * weight).astype(np.float32)
+        return np.asarray(x * scale * weight, np.float32)
 
     # Set-up
 
     def _inverse_frequencies(self, rope: Rope) -> NDArray[np.float64]:
         frequencies = rope.freq_scale * rope.base ** (-2.0 * np.arange(rope.dim // 2) / rope.dim)
         if rope.freq_factors is not None:
-            frequencies = frequencies / self._plan.vector_values(rope.freq_factors)
+            frequencies = frequencies / self._plan.vector(rope.freq_factors)
         return np.asarray(frequencies, np.float64)
 
     def _new_step(self, max_pages: int) -> Step:

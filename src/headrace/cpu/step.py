@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from headrace.backend import PAGE_SIZE
 from headrace.cpu import plan
 from headrace.cpu.attend import attend_block
-from headrace.cpu.intrinsics import atomic_add, call4, floats, halves
+from headrace.cpu.intrinsics import atomic_add, call4, floats
 from headrace.cpu.ops import (
     compiled,
     gelu_times,
@@ -63,7 +63,7 @@ _ARGUMENTS_AT = plan.MATMUL.fields["weights"][1]  # type: ignore[index]
 
 
 @compiled
-def _run_matmuls(matmuls, first, last, n_threads, counter, scratch):  # type: ignore[no-untyped-def]
+def _run_matmuls(matmuls, first, last, n_threads, counter, scratch):
     """The members take runs of tiles of matmuls first … last - 1 until none is left."""
     total = 0
     for m in range(first, last):
@@ -85,7 +85,7 @@ def _run_matmuls(matmuls, first, last, n_threads, counter, scratch):  # type: ig
 
 
 @compiled
-def _share(width, n_parts, part):  # type: ignore[no-untyped-def]
+def _share(width, n_parts, part):
     """Columns [low, high) of one of ``n_parts`` shares of a row, at multiples of 32."""
     groups = (width + 31) // 32
     low, high = groups * part // n_parts * 32, groups * (part + 1) // n_parts * 32
@@ -93,7 +93,7 @@ def _share(width, n_parts, part):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _place_biases(matmuls, first, last, n_rows, member, n_threads):  # type: ignore[no-untyped-def]
+def _place_biases(matmuls, first, last, n_rows, member, n_threads):
     """Each bias into y, where its matmul adds up: as the start, or onto the residual stream."""
     for m in range(first, last):
         if matmuls[m].bias == 0:
@@ -107,7 +107,7 @@ def _place_biases(matmuls, first, last, n_rows, member, n_threads):  # type: ign
 
 
 @compiled
-def _quantise_share(x, t, width, low, high, buffers):  # type: ignore[no-untyped-def]
+def _quantise_share(x, t, width, low, high, buffers):
     """Columns [low, high) of x [T, width] into the int8 buffer."""
     q = buffers.quantised[t * width : (t + 1) * width]
     records = buffers.records[t * width // 16 : (t + 1) * width // 16]
@@ -115,7 +115,7 @@ def _quantise_share(x, t, width, low, high, buffers):  # type: ignore[no-untyped
 
 
 @compiled
-def _norm_and_quantise(op, x, rows, n_rows, buffers, member, n_threads):  # type: ignore[no-untyped-def]
+def _norm_and_quantise(op, x, rows, n_rows, buffers, member, n_threads):
     """buffers.normed[i] = norm(x[rows[i]]), and its int8 form. Few rows are shared by column."""
     width = op.width
     weight = floats(op.norm, width)
@@ -132,7 +132,7 @@ def _norm_and_quantise(op, x, rows, n_rows, buffers, member, n_threads):  # type
 
 
 @compiled
-def _quantise_all(x, n_rows, width, buffers, member, n_threads):  # type: ignore[no-untyped-def]
+def _quantise_all(x, n_rows, width, buffers, member, n_threads):
     parts = n_threads if n_rows < n_threads else 1
     for item in range(member, n_rows * parts, n_threads):
         low, high = _share(width, parts, item % parts)
@@ -140,7 +140,7 @@ def _quantise_all(x, n_rows, width, buffers, member, n_threads):  # type: ignore
 
 
 @compiled
-def _activate_and_quantise(op, n_rows, buffers, member, n_threads):  # type: ignore[no-untyped-def]
+def _activate_and_quantise(op, n_rows, buffers, member, n_threads):
     """gate = activation(gate) · up, and its int8 form."""
     width = op.width
     gate = buffers.gate[: n_rows * width].reshape((n_rows, width))
@@ -157,7 +157,7 @@ def _activate_and_quantise(op, n_rows, buffers, member, n_threads):  # type: ign
 
 
 @compiled
-def _add_normed(op, n_rows, d_model, buffers, member, n_threads):  # type: ignore[no-untyped-def]
+def _add_normed(op, n_rows, d_model, buffers, member, n_threads):
     """x += post_norm(branch)."""
     x = buffers.x[: n_rows * d_model].reshape((n_rows, d_model))
     branch = buffers.branch[: n_rows * d_model].reshape((n_rows, d_model))
@@ -169,7 +169,7 @@ def _add_normed(op, n_rows, d_model, buffers, member, n_threads):  # type: ignor
 
 
 @compiled
-def _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads):  # type: ignore[no-untyped-def]
+def _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads):
     """Norm and turn every query and key head; write keys and values to the cache."""
     head_dim, n_heads, n_kv = op.head_dim, op.n_heads, op.n_kv_heads
     half = op.rope_dim // 2
@@ -202,7 +202,7 @@ def _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads):  # t
 
 
 @compiled
-def _attend(op, step, cache, buffers, n_rows, n_threads, counter, scratch):  # type: ignore[no-untyped-def]
+def _attend(op, step, cache, buffers, n_rows, n_threads, counter, scratch):
     """The members take (block of rows, key head) tasks, or single query heads if those are few."""
     head_dim, n_heads, n_kv = op.head_dim, op.n_heads, op.n_kv_heads
     width = n_heads * head_dim
@@ -230,7 +230,7 @@ def _attend(op, step, cache, buffers, n_rows, n_threads, counter, scratch):  # t
 
 
 @compiled
-def run_step(member, n_threads, shared, operations, matmuls, buffers, cache, step, all_rows):  # type: ignore[no-untyped-def]
+def run_step(member, n_threads, shared, operations, matmuls, buffers, cache, step, all_rows):
     """Operations FIRST … LAST - 1 over the rows in ``buffers.x``. all_rows: arange(max_rows)."""
     n_rows = step.sizes[N_ROWS]
     scratch = step.scratch[member].ctypes.data
@@ -276,7 +276,7 @@ def run_step(member, n_threads, shared, operations, matmuls, buffers, cache, ste
 
 
 @compiled
-def serve_steps(  # type: ignore[no-untyped-def]
+def serve_steps(
     member, shared, ticket, n_threads, operations, matmuls, buffers, cache, step, all_rows
 ):
     """The life of a member awake: run steps as they start; return when none comes for a while."""

@@ -29,8 +29,8 @@ _SPINS_BEFORE_YIELD = 2_000
 _SPINS_BEFORE_SLEEP = 40_000
 
 
-@nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def barrier(shared, n_threads):  # type: ignore[no-untyped-def]
+@nb.njit(cache=True, nogil=True)
+def barrier(shared, n_threads):
     """Wait until all members have arrived."""
     if n_threads == 1:
         return
@@ -46,8 +46,8 @@ def barrier(shared, n_threads):  # type: ignore[no-untyped-def]
             sched_yield()
 
 
-@nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def await_ticket(shared, last):  # type: ignore[no-untyped-def]
+@nb.njit(cache=True, nogil=True)
+def await_ticket(shared, last):
     """Spin for a while until a step after ``last`` is started; returns the newest ticket."""
     for _ in range(_SPINS_BEFORE_SLEEP):
         ticket = atomic_load(shared + TICKET)
@@ -56,18 +56,18 @@ def await_ticket(shared, last):  # type: ignore[no-untyped-def]
     return last
 
 
-@nb.njit(nb.int64(nb.int64), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _load(address):  # type: ignore[no-untyped-def]
+@nb.njit(nb.int64(nb.int64), cache=True, nogil=True)
+def _load(address):
     return atomic_load(address)
 
 
-@nb.njit(nb.int64(nb.int64, nb.int64), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _add(address, value):  # type: ignore[no-untyped-def]
+@nb.njit(nb.int64(nb.int64, nb.int64), cache=True, nogil=True)
+def _add(address, value):
     return atomic_add(address, value)
 
 
-@nb.njit(nb.int64(nb.int64, nb.int64), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _exchange(address, value):  # type: ignore[no-untyped-def]
+@nb.njit(nb.int64(nb.int64, nb.int64), cache=True, nogil=True)
+def _exchange(address, value):
     return atomic_exchange(address, value)
 
 
