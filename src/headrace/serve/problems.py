@@ -19,6 +19,7 @@ from headrace.errors import (
     TemplateError,
     TokenizerError,
 )
+from headrace.sampling import SamplingParams
 
 _TYPES = {
     400: "invalid_request_error",
@@ -28,6 +29,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _MAX_MESSAGE = 500
+_SAMPLING_FIELDS = {*SamplingParams.__dataclass_fields__, "stop", "max_tokens"}
 _NOT_FIELDS = {"body", "query", "path", "str", "int", "float", "bool", "none"}
 """Parts of pydantic's error places that are no names of fields: sources, and members of unions."""
 
@@ -76,8 +78,10 @@ def from_error(error: HeadraceError, param: str | None = None) -> Problem:
     if isinstance(error, ContextOverflowError):
         return Problem(400, message, param=param, code="context_length_exceeded")
     if isinstance(error, RequestError):
-        named = re.match(r"([a-z_]+)(?:\[\d+\])?(?:: | must | is )", message)
-        return Problem(400, message, param=named[1] if named else param, code="invalid_value")
+        named = re.match(r"([a-z_]+)(?:\[\d+\])?(?:: | must )", message)
+        if named and named[1] in _SAMPLING_FIELDS:
+            param = named[1]
+        return Problem(400, message, param=param, code="invalid_value")
     if isinstance(error, (TemplateError, TokenizerError)):
         return Problem(400, message, param=param, code="invalid_value")
     if isinstance(error, DeviceMemoryError):
@@ -87,7 +91,10 @@ def from_error(error: HeadraceError, param: str | None = None) -> Problem:
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of pydantic's errors as a 400 that names the field; values are not repeated."""
-    error = errors[0]
+    first = errors[0].get("loc", ())[:2]
+    # Of a union, each member has an error: the one that got furthest says most.
+    same = [error for error in errors if error.get("loc", ())[:2] == first]
+    error = max(same, key=lambda error: len(error.get("loc", ())))
     place = [part for part in error.get("loc", ()) if part not in _NOT_FIELDS]
     param = ""
     for part in place:

@@ -206,6 +206,8 @@ class ChatRequest(Sampling):
             raise ValueError("tool_choice needs tools")
         if self.tools and self.tool_choice != "none" and self.wants_json:
             raise ValueError("response_format cannot be had together with tools")
+        if self.ignore_eos and (self.wants_json or self.tools):
+            raise ValueError("ignore_eos cannot be had together with response_format or tools")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("tools: two functions have the same name")
