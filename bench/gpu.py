@@ -161,7 +161,8 @@ def decode(runner: CUDARunner, depth: int, count: int = 32) -> dict[str, Any]:
     blocking = device.counters.synchronisations - before
     loop.close()
     return {"depth": depth, "us": summary(samples), "wall_us": summary(walls),
-            "tok_per_s": 1e6 / summary(walls)["median"], "blocking_synchronisations": blocking}  # fmt: skip
+            "tok_per_s": 1e6 / summary(walls)["median"],
+            "blocking_synchronisations": blocking}  # fmt: skip
 
 
 def main() -> None:
@@ -199,17 +200,21 @@ def main() -> None:
             for d in decodes:
                 rate = total / d["us"]["median"] / 1e3
                 d["share_of_ceiling"] = rate / ceiling
-                print(f"{name} {text} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s ({d['us']['median']:.0f} us by "
-                      f"events, {d['us']['low']:.0f} to {d['us']['high']:.0f}), {rate:,.0f} GB/s of weights = "
-                      f"{rate / ceiling:.1%}", flush=True)  # fmt: skip
+                us = d["us"]
+                print(f"{name} {text} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s "
+                      f"({us['median']:.0f} us by events, {us['low']:.0f} to {us['high']:.0f}), "
+                      f"{rate:,.0f} GB/s of weights = {rate / ceiling:.1%}",
+                      flush=True)  # fmt: skip
             parts = [] if options.no_breakdown else breakdown(runner, options.depths[0])
             for part in parts:
-                print(f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us {part['gb_per_s']:7,.0f} GB/s "
-                      f"= {part['gb_per_s'] / ceiling:.1%}", flush=True)  # fmt: skip
+                print(f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us "
+                      f"{part['gb_per_s']:7,.0f} GB/s = {part['gb_per_s'] / ceiling:.1%}",
+                      flush=True)  # fmt: skip
             alone = sum(part["us"] * part["count"] for part in parts)
             print(f"  sum of parts {alone:.0f} us", flush=True)
-            result["models"].append({"model": name, "recipe": options.recipe, "tuning": text, "weight_bytes": total,
-                                     "load_s": load, "decode": decodes, "breakdown": parts})  # fmt: skip
+            result["models"].append({"model": name, "recipe": options.recipe, "tuning": text,
+                                     "weight_bytes": total, "load_s": load, "decode": decodes,
+                                     "breakdown": parts})  # fmt: skip
             runner.close()
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ class HeadraceError(Exception):
 
 
 class GGUFError(HeadraceError):
-    """The file is not a GGUF this reader accepts. The message names the key or tensor and offset."""
+    """Not a GGUF that this reader accepts. The message names the key or tensor and the offset."""
 
 
 class TokenizerError(HeadraceError):

@@ -149,7 +149,8 @@ def test_rotary_norms_rotates_and_fills_the_cache(device: Device, norms: tuple[b
     q = poisoned(device, (2, 3, 96))
     arguments = c.RotaryHeads(
         put(device, qkv).address, put(device, gains[0]).address, put(device, gains[1]).address,
-        q.address, cache.arguments(device, positions, slots), put(device, inv_freq / (2 * np.pi)).address,
+        q.address, cache.arguments(device, positions, slots),
+        put(device, inv_freq / (2 * np.pi)).address,
     )  # fmt: skip
     device.launch(rotary(shape, arguments, 2, eps=1e-6, q_norm=norms[0], k_norm=norms[1]))
 

@@ -26,9 +26,7 @@ _Rate = Annotated[
 ]  # fmt: skip
 _Prompt = Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Tokens of a prompt.")]
 _Tokens = Annotated[int, typer.Option("--max-tokens", "-t", min=1, help="Tokens of an answer.")]
-_Model = Annotated[
-    str | None, typer.Option("--model", help="The model's id.")
-]
+_Model = Annotated[str | None, typer.Option("--model", help="The model's id.")]
 _Seed = Annotated[int, typer.Option("--seed", "-s", help="Same seed, same prompts.")]
 
 

@@ -1,7 +1,7 @@
 """Decoding of one sequence with the host behind, never in front.
 
-One CUDA graph makes a token: embed, every layer, vocabulary, choice, and the next step's inputs. The
-host only launches it again, some tokens ahead, and polls pinned memory for the ids: no blocking
+One CUDA graph makes a token: embed, every layer, vocabulary, choice, and the next step's inputs.
+The host only launches it again, some tokens ahead, and polls pinned memory for the ids: no blocking
 synchronisation, one graph launch a token.
 """
 
@@ -59,7 +59,8 @@ class GreedyDecode:
         """
         if self._position + count > self._capacity:
             raise ContextOverflowError(
-                f"{count} tokens from position {self._position} do not fit {self._capacity} positions"
+                f"{count} tokens from position {self._position} do not fit "
+                f"{self._capacity} positions"
             )
         first, last = self._launched + 1, self._launched + count
         for wanted in range(first, last + 1):

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: see :class:`headrace.cuda.device.Device`. One stream carries everything, in order."""
+"""An NVIDIA GPU: see :class:`headrace.cuda.device.Device`. One stream, everything in order."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class CUDADevice:
         count = device_count()
         if index >= count:
             raise DeviceError(
-                f"CUDA device {index} was asked for, and {count} are usable: check `nvidia-smi` and "
-                "the driver, or use --device cpu"
+                f"CUDA device {index} was asked for, and {count} are usable: check `nvidia-smi` "
+                "and the driver, or use --device cpu"
             )
         handle = _check(driver.cuDeviceGet(index), "device")
         self._pid = os.getpid()
