@@ -62,9 +62,19 @@ class HostDevice:
         block = np.full(n_bytes + 256, 0xFF, np.uint8)
         address = -(-block.ctypes.data // 256) * 256
         self._memory[address] = block
+        self._guard("__asan_poison_memory_region", address, n_bytes)
         return address
 
+    def _guard(self, function: str, address: int, n_bytes: int) -> None:
+        """Under AddressSanitizer, forbid (or allow) what lies between the array and its block's end."""
+        if self.sanitise:
+            block = self._memory[address]
+            slack = block.ctypes.data + block.size - address - n_bytes
+            call = getattr(ctypes.CDLL(None), function)
+            call(ctypes.c_void_p(address + n_bytes), ctypes.c_size_t(slack))
+
     def free(self, address: int) -> None:
+        self._guard("__asan_unpoison_memory_region", address, 0)
         del self._memory[address]
 
     def allocate_pinned(self, n_bytes: int) -> tuple[int, NDArray[np.uint8]]:
@@ -165,4 +175,5 @@ class HostDevice:
         self.counters.synchronisations += 1
 
     def close(self) -> None:
-        self._memory.clear()
+        for address in list(self._memory):
+            self.free(address)

@@ -1,0 +1,109 @@
+"""Every kernel compiles for every supported GPU generation, with no register spilled.
+
+NVRTC needs no GPU. Shapes are those of Llama 8B and Gemma, where register pressure is highest.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from headrace.cuda import arguments as c
+from headrace.cuda import launchers
+from headrace.cuda.compile import Resources, Specialisation, resources
+from headrace.cuda.device import Launch, array
+from headrace.cuda.launchers import Activations, CacheShape, Matrix
+from headrace.cuda.layout import FLOAT_TYPES, TileLayout
+from headrace.gguf.types import QuantType as Q
+
+SHARED_KB = {"75": 64, "80": 163, "86": 99, "89": 99, "90a": 227, "100": 227, "120": 99}
+LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 30.0}
+
+
+@dataclass
+class PaperDevice:
+    """A device of which only the sizes are known."""
+
+    target: str
+
+    def __post_init__(self) -> None:
+        self.arch = int("".join(digit for digit in self.target if digit.isdigit()))
+        self.shared_limit = SHARED_KB[self.target] << 10
+        self.sm_count = 132
+
+
+def matrix(qtype: Q, n: int, k: int) -> Matrix:
+    return Matrix(256, TileLayout(qtype, n, k))
+
+
+def rows_of(k: int) -> Activations:
+    a = array(256, (8, k), "f4")
+    return Activations(k, 8, a, a, a, a)
+
+
+def matvecs(device: PaperDevice) -> list[Launch]:
+    def matvec(matrices, epilogue, rows=1, **how) -> Launch:
+        x = rows_of(matrices[0].layout.k)
+        return launchers.matvec(device, matrices, x, epilogue, rows, **how)
+
+    llama, made = CacheShape(32, 8, 128, 128), []
+    for qtype in Q:
+        head = matrix(qtype, 1000, 2048)
+        made.append(matvec([head], c.Store(), macros=LOGITS, norm_eps=1e-5))
+        if qtype not in FLOAT_TYPES:
+            made.append(matvec([head], c.Store(), 4, macros=LOGITS))
+    made.append(matvec([matrix(Q.Q4_K, 1000, 2048)], c.Store(), macros=LOGITS, floats=True))
+    made.append(matvec([matrix(Q.Q5_0, 1000, 1152)], c.Store(), macros=LOGITS, floats=True))
+    qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
+    for rows in (1, 4):
+        made.append(matvec(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
+        made.append(matvec([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), rows))
+        pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
+        for activation in ("SILU", "GELU_TANH"):
+            how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": activation}}
+            made.append(matvec(pair, c.Product(), rows, **how))
+    return made
+
+
+def others(device: PaperDevice) -> list[Launch]:
+    made = []
+    for shape, window, softcap in (
+        (CacheShape(32, 8, 128), None, None),
+        (CacheShape(32, 8, 64), None, None),
+        (CacheShape(4, 1, 256, 256), 512, 50.0),
+    ):
+        how = {"scale": 0.1, "window": window, "softcap": softcap}
+        made.append(launchers.attend(device, shape, c.Attend(), 1, 64, **how))
+        norms = {"eps": 1e-6, "q_norm": True, "k_norm": True}
+        made.append(launchers.rotary(shape, c.RotaryHeads(), 1, **norms))
+    for qtype in (Q.Q4_K, Q.Q6_K, Q.Q8_0, Q.F16):
+        made.append(launchers.embed(matrix(qtype, 1000, 1280), c.Embed(), 1, scale=2.0))
+        layout = TileLayout(qtype, 32, 1280)
+        made.append(launchers.reorder(layout, 0, 0, 0, 32, head_dim=0, rope_dim=0))
+    made.append(launchers.post_norm(1152, c.PostNorm(), 1, eps=1e-6))
+    made.append(launchers.argmax(262144, c.Argmax()))
+    made.append(launchers.read(device, 0, 1 << 20, 0))
+    return made
+
+
+@pytest.mark.parametrize("target", list(SHARED_KB))
+def test_compiles_without_spills(target: str) -> None:
+    device = PaperDevice(target)
+    launches = matvecs(device) + others(device)
+    specs = list(dict.fromkeys(launch.spec for launch in launches))
+    assert {spec.name for spec in specs} >= {"matvec", "attend", "rotary", "embed", "post_norm"}
+
+    def compiled(spec: Specialisation) -> Resources:
+        return resources(spec, target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(specs, pool.map(compiled, specs), strict=True))
+    spilling = {spec.name: r for spec, r in found.items() if r.spill_bytes}
+    assert not spilling
+    most = max(r.registers for r in found.values())
+    print(f"sm_{target}: {len(specs)} kernels, at most {most} registers")
+    for launch in launches:
+        assert launch.shared_bytes <= device.shared_limit, launch.spec.name

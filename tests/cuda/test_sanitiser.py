@@ -1,0 +1,39 @@
+"""The kernels under AddressSanitizer: one launch of each, in a Python that has it loaded.
+
+Device memory is allocated array by array, so that a read or write past one is seen; shared memory
+that an asynchronous copy has not yet filled is poisoned.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = [
+    "test_layout.py::test_reorder_kernel_matches_its_definition[host-90-5-256-12]",
+    "test_matvec.py::test_three_matrices_of_three_types_with_norm_and_bias[host-90]",
+    "test_matvec.py::test_three_matrices_of_three_types_with_norm_and_bias[host-80]",
+    "test_matvec.py::test_residual_adds_and_quantises_for_the_next_norm[host-90-False]",
+    "test_attend.py::test_rows_of_several_slots_over_many_splits[host-90]",
+    "test_attend.py::test_rotary_norms_rotates_and_fills_the_cache[host-90-norms0]",
+]
+
+
+def test_no_kernel_reads_or_writes_outside_its_arrays() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    found = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    environment = os.environ | {
+        "HEADRACE_SANITISE": "1",
+        "LD_PRELOAD": found.stdout.strip(),
+        # Python leaks by design; fibres have stacks of their own.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-x", *(str(folder / case) for case in CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{len(CASES)} passed" in done.stdout
