@@ -79,4 +79,8 @@ def load_runner(decoder: Decoder, device: str, threads: int | None = None) -> Ru
         from headrace.cpu.runner import CPURunner
 
         return CPURunner(decoder, threads=threads)
+    if device == "cuda":
+        from headrace.cuda.runner import CUDARunner
+
+        return CUDARunner(decoder)
     raise DeviceError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'reference'")
