@@ -74,7 +74,9 @@ def chat(
     }
     with (
         console.Status() as status,
-        console.load(model, status, device=device, context=context, threads=threads) as loaded,
+        console.load(
+            model, status, device=device, context=context, threads=threads, chat=True
+        ) as loaded,
     ):
         if not console.has_chat_template(loaded):
             raise RequestError(

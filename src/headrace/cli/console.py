@@ -138,13 +138,14 @@ def load(
     device: str = "auto",
     context: int | None = None,
     threads: int | None = None,
+    chat: bool = False,
 ) -> Model:
     """:func:`headrace.load` with its progress on stderr."""
     path = resolve(name)
     status(f"loading {name} (the first run compiles kernels)")
     import headrace
 
-    model = headrace.load(path, device, context=context, threads=threads)
+    model = headrace.load(path, device, context=context, threads=threads, chat=chat)
     status.clear()
     return model
 

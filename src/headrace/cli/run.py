@@ -74,7 +74,9 @@ def run(
     }
     with (
         console.Status() as status,
-        console.load(model, status, device=device, context=context, threads=threads) as loaded,
+        console.load(
+            model, status, device=device, context=context, threads=threads, chat=not raw
+        ) as loaded,
         _start(loaded, text, system, options, raw) as stream,
     ):
         status("reading the prompt (the first run compiles kernels)")
