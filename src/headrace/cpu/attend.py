@@ -14,21 +14,8 @@ from headrace.backend import PAGE_SIZE
 from headrace.cpu.intrinsics import call6, floats
 from headrace.cpu.ops import compiled, compiled_in_order, exp
 
-ROWS_PER_BLOCK = 8
-"""Rows of one sequence that share each read of a page."""
-
 _NEVER = np.float32(-3.0e38)
 """The running maximum before the first score: e^(_NEVER - score) counts as 0."""
-
-
-def scratch_floats(group: int, head_stride: int) -> int:
-    """Floats of scratch one thread needs: queries, scores, sums, maxima and denominators."""
-    return ROWS_PER_BLOCK * group * (2 * head_stride + PAGE_SIZE + 2)
-
-
-def head_stride(head_dim: int) -> int:
-    """Floats between heads in the value pages and the scratch: whole vectors."""
-    return -(-head_dim // 16) * 16
 
 
 @compiled_in_order
@@ -65,7 +52,7 @@ def _soften(scores, low, high, cap, maximum):
 @compiled
 def attend_block(
     q, out, positions, pages, n_rows, first_head, n_heads, head_dim, scale, window, cap,
-    keys, values, page_bytes, kernels, scratch,
+    keys, values, page_bytes, scores_kernel, values_kernel, scratch,
 ):  # fmt: skip
     """``n_heads`` query heads of one key head, for ``n_rows`` consecutive rows of a sequence.
 
@@ -74,15 +61,13 @@ def attend_block(
     """
     stride = (head_dim + 15) // 16 * 16
     n = n_rows * n_heads
-    at = scratch
-    queries = floats(at, (n, head_dim))
-    at += 4 * n * head_dim
-    scores = floats(at, (n, PAGE_SIZE))
-    at += 4 * n * PAGE_SIZE
-    sums = floats(at, (n, stride))
-    at += 4 * n * stride
-    maxima = floats(at, n)
-    denominators = floats(at + 4 * n, n)
+    queries_at = scratch
+    scores_at = queries_at + 4 * n * head_dim
+    sums_at = scores_at + 4 * n * PAGE_SIZE
+    maxima_at = sums_at + 4 * n * stride
+    queries, scores = floats(queries_at, (n, head_dim)), floats(scores_at, (n, PAGE_SIZE))
+    sums, maxima = floats(sums_at, (n, stride)), floats(maxima_at, n)
+    denominators = floats(maxima_at + 4 * n, n)
     for r in range(n_rows):
         for h in range(n_heads):
             source = (first_head + h) * head_dim
@@ -97,9 +82,7 @@ def attend_block(
     for page in range(first // PAGE_SIZE, last // PAGE_SIZE + 1):
         base = np.int64(pages[page]) * page_bytes
         start = page * PAGE_SIZE
-        call6(
-            kernels[0], queries.ctypes.data, keys + base, scores.ctypes.data, n, PAGE_SIZE, head_dim
-        )
+        call6(scores_kernel, queries_at, keys + base, scores_at, n, PAGE_SIZE, head_dim)
         for r in range(n_rows):
             p = positions[r]
             low = min(max(0, p - window + 1 - start), PAGE_SIZE) if window else 0
@@ -118,7 +101,7 @@ def attend_block(
                     maxima[i] = top
                 denominators[i] += total
         used = min(PAGE_SIZE, last + 1 - start)
-        call6(kernels[1], scores.ctypes.data, values + base, sums.ctypes.data, n, stride, used)
+        call6(values_kernel, scores_at, values + base, sums_at, n, stride, used)
 
     for r in range(n_rows):
         for h in range(n_heads):

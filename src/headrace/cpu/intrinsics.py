@@ -25,15 +25,15 @@ def _void_pointer(typing_context: Any, address: Any) -> Any:
 
 
 @nb.njit(inline="always")
-def floats(address, shape):
-    """The memory at ``address`` as a C-contiguous float32 array of ``shape``."""
-    return nb.carray(_void_pointer(address), shape, nb.float32)
+def view(address, shape, dtype):
+    """The memory at ``address`` as a C-contiguous array of ``shape``."""
+    return nb.carray(_void_pointer(address), shape, dtype)
 
 
 @nb.njit(inline="always")
-def halves(address, shape):
-    """The memory at ``address`` as the bits of half-precision floats, uint16 of ``shape``."""
-    return nb.carray(_void_pointer(address), shape, nb.uint16)
+def floats(address, shape):
+    """The memory at ``address`` as a C-contiguous float32 array of ``shape``."""
+    return nb.carray(_void_pointer(address), shape, nb.float32)
 
 
 @intrinsic

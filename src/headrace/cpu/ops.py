@@ -17,7 +17,7 @@ from headrace.cpu.intrinsics import float_bits, float_from_bits
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """What LLVM may do to vectorise: reorder sums. NaN and infinity keep their meaning."""
 
-_OPTIONS: Any = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 compiled = nb.njit(fastmath=_FAST, **_OPTIONS)
 compiled_in_order = nb.njit(fastmath={"contract"}, **_OPTIONS)

@@ -6,7 +6,7 @@ Built once at load. The compiled step (``step.py``) walks it without touching Py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,17 @@ from numpy.typing import NDArray
 from headrace.cpu import matmul
 from headrace.cpu.compile import matmul_library
 from headrace.cpu.isa import InstructionSet
+from headrace.cpu.layout import (
+    ATTEND,
+    FEED_FORWARD_IN,
+    FEED_FORWARD_OUT,
+    HEAD,
+    MATMUL,
+    OPERATION,
+    PROJECT_OUT,
+    PROJECT_QKV,
+    Buffers,
+)
 from headrace.cpu.unpack import UNPACKERS
 from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
@@ -34,45 +45,6 @@ from headrace.model.operations import (
     ProjectQKV,
     Rope,
 )
-
-PROJECT_QKV, ATTEND, PROJECT_OUT, FEED_FORWARD_IN, FEED_FORWARD_OUT, HEAD = range(6)
-
-OPERATION = np.dtype(
-    [(name, np.int64) for name in ("kind", "layer", "first_matmul", "last_matmul")]
-    + [(name, np.int64) for name in ("norm", "q_norm", "k_norm", "post_norm")]  # addresses or 0
-    + [(name, np.float32) for name in ("eps", "q_eps", "k_eps", "post_eps")]
-    + [(name, np.int64) for name in ("width", "n_heads", "n_kv_heads", "head_dim")]
-    + [(name, np.int64) for name in ("rope", "rope_dim", "interleaved", "window", "gelu")]
-    + [(name, np.float32) for name in ("scale", "softcap")]
-)
-"""One operation. ``width``: columns of its input. ``window`` and ``softcap`` are 0 for none."""
-
-MATMUL = np.dtype(
-    [(name, np.int64) for name in ("kernel", "n_tiles", "float_input", "bias", "residual")]
-    + [(name, np.int64) for name in matmul.ARGUMENTS]
-)
-"""One matmul of an operation: the kernel's address, its work, and its argument array.
-
-``residual``: 1 when it adds to the residual stream. A bias is put into y first, then added to.
-"""
-
-
-class Buffers(NamedTuple):
-    """Activations of up to ``max_rows`` rows, flat: an operation sees [T, its own width]."""
-
-    x: NDArray[np.float32]  # residual stream [T, d_model]
-    normed: NDArray[np.float32]  # input of a matmul in float32 [T, d_model]
-    q: NDArray[np.float32]  # [T, n_heads head_dim]
-    k: NDArray[np.float32]  # [T, n_kv_heads head_dim]
-    v: NDArray[np.float32]
-    attended: NDArray[np.float32]  # [T, n_heads head_dim]
-    gate: NDArray[np.float32]  # [T, d_ff]
-    up: NDArray[np.float32]
-    branch: NDArray[np.float32]  # output of a branch before its post-norm [T, d_model]
-    quantised: NDArray[np.int8]  # int8 input of a matmul [T, k]
-    records: NDArray[Any]  # its groups, matmul.GROUP_RECORD [T, k / 16]
-    cos: NDArray[np.float32]  # [n_ropes, max_rows, largest rope dim / 2]
-    sin: NDArray[np.float32]
 
 
 def allocate_buffers(decoder: Decoder, max_rows: int, ropes: Sequence[Rope]) -> Buffers:
@@ -120,6 +92,16 @@ class Plan:
             self._add(operation)
         self.operations = _table(self._operations, OPERATION)
         self.matmuls = _table(self._matmuls, MATMUL)
+
+    def describe(self, context: NDArray[Any]) -> None:
+        """Fill the fields of a ``layout.CONTEXT`` that are fixed at load."""
+        buffers = self.buffers
+        context["operations"] = self.operations.ctypes.data
+        context["matmuls"] = self.matmuls.ctypes.data
+        context["d_model"] = self.decoder.config.d_model
+        for name in Buffers._fields:
+            context[name] = getattr(buffers, name).ctypes.data
+        context["max_rows"], context["max_angles"] = buffers.cos.shape[1:]
 
     def _add(self, operation: Operation) -> None:
         buffers = self.buffers

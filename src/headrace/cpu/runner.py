@@ -8,24 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
-from headrace.cpu import attend, isa, matmul
+from headrace.cpu import isa, matmul
 from headrace.cpu.attention import SCORES, VALUES
-from headrace.cpu.compile import attention_library
-from headrace.cpu.plan import Plan
-from headrace.cpu.step import (
-    CLOSING,
-    COUNTER_STRIDE,
-    COUNTERS_PER_OPERATION,
-    FIRST,
-    LAST,
-    N_BLOCKS,
-    N_LOGIT_ROWS,
-    N_ROWS,
-    Cache,
-    Step,
-    run_step,
-    serve_steps,
+from headrace.cpu.compile import attention_library, step_library
+from headrace.cpu.layout import (
+    CONTEXT,
+    COUNTER_BYTES,
+    ROWS_PER_BLOCK,
+    attention_scratch_bytes,
+    head_stride,
 )
+from headrace.cpu.plan import Plan
 from headrace.cpu.team import Team, default_threads
 from headrace.errors import DeviceError, DeviceMemoryError
 from headrace.gguf.quants import dequantize
@@ -55,14 +48,14 @@ class CPURunner:
         self._n_threads = threads or default_threads()
         self._plan = Plan(decoder, self._isa, MAX_ROWS)
         self._attention = attention_library(self._isa)
-        self._all_rows = np.arange(MAX_ROWS, dtype=np.int32)
+        self._take_part = step_library().function("take_part", 5)
         self._inv_freq = [self._inverse_frequencies(rope) for rope in self._plan.ropes]
         embed = next(o for o in decoder.operations if isinstance(o, Embed))
         self._embedding, self._embedding_scale = decoder.weights[embed.weight], embed.scale
-        head = next(o for o in decoder.operations if isinstance(o, Head))
-        self._softcap, self._logit_scale = head.softcap, head.logit_scale
-        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
-        self._step = self._new_step(max_pages=1)
+        self._head = next(o for o in decoder.operations if isinstance(o, Head))
+        self._context = np.zeros(1, CONTEXT)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._describe()
         self._team: Team | None = None
 
     @property
@@ -70,29 +63,31 @@ class CPURunner:
         return f"CPU ({self._isa.name}, {self._n_threads} threads)"
 
     def allocate_cache(self, n_pages: int) -> None:
-        self._stop_team()
         c = self.decoder.config
-        page = attend.head_stride(c.head_dim) * PAGE_SIZE
+        page = head_stride(c.head_dim) * PAGE_SIZE
         shape = (c.n_layers, n_pages, c.n_kv_heads, page)
-        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
+        self._drop_cache()
         try:
-            # Zeros from the system: untouched pages take no memory.
-            self._cache = Cache(np.zeros(shape, np.uint16), np.zeros(shape, np.uint16))
+            for name in ("keys", "values"):
+                # Zeros from the system: untouched pages take no memory.
+                self._share(name, np.zeros(shape, np.uint16))
         except (MemoryError, ValueError) as error:
+            self._drop_cache()
             wanted = 4 * int(np.prod(shape, dtype=object))
             raise DeviceMemoryError(
                 f"the KV cache of {n_pages} pages needs {wanted:,} bytes of memory, more than can "
                 "be had: ask for a shorter context or fewer sequences"
             ) from error
+        self._context["n_pages"], self._context["page_halves"] = n_pages, page
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         logits = np.empty((len(batch.logit_rows), self.decoder.config.n_vocab), np.float32)
         self._run(batch, logits, None)
-        if self._logit_scale != 1.0:
-            logits *= np.float32(self._logit_scale)
-        if self._softcap is not None:
-            np.tanh(logits / self._softcap, out=logits)
-            logits *= np.float32(self._softcap)
+        if self._head.logit_scale != 1.0:
+            logits *= np.float32(self._head.logit_scale)
+        if self._head.softcap is not None:
+            np.tanh(logits / self._head.softcap, out=logits)
+            logits *= np.float32(self._head.softcap)
         return logits
 
     def hidden(self, batch: Batch) -> NDArray[np.float32]:
@@ -101,12 +96,16 @@ class CPURunner:
         return hidden
 
     def copy_page(self, source: int, target: int) -> None:
-        for part in self._cache:
-            part[:, target] = part[:, source]
+        for name in ("keys", "values"):
+            self._arrays[name][:, target] = self._arrays[name][:, source]
 
     def close(self) -> None:
-        self._stop_team()
-        self._cache = Cache(*(np.zeros((0, 0, 0, 0), np.uint16) for _ in range(2)))
+        if self._team is not None:
+            self._context["closing"] = 1
+            self._team.close()
+            self._team = None
+            self._context["closing"] = 0
+        self._drop_cache()
 
     # One step
 
@@ -117,8 +116,7 @@ class CPURunner:
         hidden: NDArray[np.float32] | None,
     ) -> None:
         """Rows in passes of MAX_ROWS, each pass's wanted rows straight into the result."""
-        n_pages = self._cache.keys.shape[1]
-        if n_pages == 0:
+        if "values" not in self._arrays:
             raise DeviceError("step: no KV cache; call allocate_cache first")
         self._fit_page_table(batch.page_table.shape[1])
         done = 0
@@ -143,52 +141,44 @@ class CPURunner:
 
     def _begin_pass(self, batch: Batch, rows: slice) -> None:
         """Embeddings, positions, page tables and rotary angles of the pass's rows."""
-        step, buffers = self._step, self._plan.buffers
+        arrays, buffers = self._arrays, self._plan.buffers
         tokens, positions = batch.tokens[rows], batch.positions[rows]
         slots = batch.slots[rows]
         n, d = len(tokens), self.decoder.config.d_model
         x = dequantize(self._embedding.data[tokens], self._embedding.qtype)
         buffers.x[: n * d] = (x * np.float32(self._embedding_scale)).reshape(-1)
-        step.positions[:n] = positions
-        step.pages[:n, : batch.page_table.shape[1]] = batch.page_table[slots]
+        arrays["positions"][:n] = positions
+        arrays["pages"][:n, : batch.page_table.shape[1]] = batch.page_table[slots]
         for i, (rope, frequencies) in enumerate(zip(self._plan.ropes, self._inv_freq, strict=True)):
             angles = positions[:, None] * frequencies
             half = rope.dim // 2
             buffers.cos[i, :n, :half] = rope.magnitude * np.cos(angles)
             buffers.sin[i, :n, :half] = rope.magnitude * np.sin(angles)
         blocks = _attention_blocks(slots)
-        step.blocks[: len(blocks)] = blocks
-        step.sizes[N_ROWS], step.sizes[N_BLOCKS] = n, len(blocks)
+        arrays["blocks"][: len(blocks)] = blocks
+        self._context["n_rows"], self._context["n_blocks"] = n, len(blocks)
         self._plan.matmuls["t"] = n
 
     def _run_head(self, rows: NDArray[np.int32], logits: NDArray[np.float32], first: int) -> None:
-        step, head = self._step, self._plan.matmuls[-1:]
-        step.logit_rows[: len(rows)] = rows
-        step.sizes[N_LOGIT_ROWS] = len(rows)
+        head = self._plan.matmuls[-1:]
+        self._arrays["logit_rows"][: len(rows)] = rows
+        self._context["n_logit_rows"] = len(rows)
         head["t"], head["y"] = len(rows), logits.ctypes.data
         self._run_operations(first, len(self._plan.operations))
 
     def _run_operations(self, first: int, last: int) -> None:
-        step = self._step
-        step.sizes[FIRST], step.sizes[LAST] = first, last
-        step.counters[:] = 0
+        self._context["first"], self._context["last"] = first, last
+        self._arrays["counters"][:] = 0
         team = self._started_team()
         team.start_step()
-        run_step(0, team.n_threads, team.shared, *self._arguments())
-
-    def _arguments(self) -> tuple[Any, ...]:
-        plan = self._plan
-        return (
-            plan.operations, plan.matmuls, plan.buffers, self._cache, self._step, self._all_rows,
-        )  # fmt: skip
+        self._take_part(0, team.n_threads, team.shared, 0, self._context.ctypes.data)
 
     def _normed(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """The final norm of rows of the residual stream."""
         d = self.decoder.config.d_model
-        head = next(o for o in self.decoder.operations if isinstance(o, Head))
-        weight = self._plan.vector(head.norm.weight)
+        weight = self._plan.vector(self._head.norm.weight)
         x = self._plan.buffers.x.reshape(-1, d)[rows]
-        scale = 1 / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + head.norm.eps)
+        scale = 1 / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + self._head.norm.eps)
         return np.asarray(x * scale * weight, np.float32)
 
     # Set-up
@@ -199,48 +189,48 @@ class CPURunner:
             frequencies = frequencies / self._plan.vector(rope.freq_factors)
         return np.asarray(frequencies, np.float64)
 
-    def _new_step(self, max_pages: int) -> Step:
-        c = self.decoder.config
-        attention = 4 * attend.scratch_floats(
-            c.n_heads // c.n_kv_heads, attend.head_stride(c.head_dim)
-        )
-        scratch = max(attention, matmul.scratch_bytes(MAX_ROWS)) + 128
-        counters = len(self._plan.operations) * COUNTERS_PER_OPERATION * COUNTER_STRIDE
-        return Step(
-            sizes=np.zeros(6, np.int64),
-            positions=np.zeros(MAX_ROWS, np.int32),
-            pages=np.zeros((MAX_ROWS, max_pages), np.int32),
-            logit_rows=np.zeros(MAX_ROWS, np.int32),
-            blocks=np.zeros((MAX_ROWS, 2), np.int32),
-            counters=np.zeros(counters, np.int64),
-            scratch=np.zeros((self._n_threads, -(-scratch // 64) * 64), np.uint8),
-            attention_kernels=np.array(
-                [self._attention.address(SCORES), self._attention.address(VALUES)], np.int64
-            ),
-        )
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        """Keep an array alive and give compiled code its address."""
+        self._arrays[name] = array
+        self._context[name] = array.ctypes.data
+
+    def _describe(self) -> None:
+        """Everything a step needs but the cache."""
+        c, context = self.decoder.config, self._context
+        self._plan.describe(context)
+        for name in ("positions", "logit_rows"):
+            self._share(name, np.zeros(MAX_ROWS, np.int32))
+        self._share("all_rows", np.arange(MAX_ROWS, dtype=np.int32))
+        self._share("blocks", np.zeros((MAX_ROWS, 2), np.int32))
+        self._fit_page_table(1)
+        counters = len(self._plan.operations) * COUNTER_BYTES
+        self._share("counters", np.zeros(counters // 8, np.int64))
+        attention = attention_scratch_bytes(c.n_heads // c.n_kv_heads, c.head_dim)
+        scratch = (max(attention, matmul.scratch_bytes(MAX_ROWS)) + 63) // 64 * 64
+        self._share("scratch", np.zeros((self._n_threads, scratch), np.uint8))
+        context["scratch_bytes"] = scratch
+        context["scores_kernel"] = self._attention.address(SCORES)
+        context["values_kernel"] = self._attention.address(VALUES)
 
     def _fit_page_table(self, max_pages: int) -> None:
-        if max_pages > self._step.pages.shape[1]:
-            self._stop_team()
-            self._step = self._new_step(max_pages)
+        if max_pages > self._context["max_pages"]:
+            self._share("pages", np.zeros((MAX_ROWS, max_pages), np.int32))
+            self._context["max_pages"] = max_pages
+
+    def _drop_cache(self) -> None:
+        for name in ("keys", "values"):
+            self._arrays.pop(name, None)
 
     def _started_team(self) -> Team:
-        """The team, its members bound to the arrays of this moment."""
         if self._team is None:
-            n_threads, arguments = self._n_threads, self._arguments()
-            self._step.sizes[CLOSING] = 0
+            take_part, n_threads = self._take_part, self._n_threads
+            context = self._context.ctypes.data
 
             def serve(member: int, shared: int, ticket: int) -> int:
-                return int(serve_steps(member, shared, ticket, n_threads, *arguments))
+                return take_part(member, n_threads, shared, ticket, context)
 
             self._team = Team(n_threads, serve)
         return self._team
-
-    def _stop_team(self) -> None:
-        if self._team is not None:
-            self._step.sizes[CLOSING] = 1
-            self._team.close()
-            self._team = None
 
 
 def _attention_blocks(slots: NDArray[np.int32]) -> list[tuple[int, int]]:
@@ -248,7 +238,7 @@ def _attention_blocks(slots: NDArray[np.int32]) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(slots)) + 1
     starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(slots)]
     return [
-        (at, min(attend.ROWS_PER_BLOCK, stop - at))
+        (at, min(ROWS_PER_BLOCK, stop - at))
         for start, stop in zip(starts, stops, strict=True)
-        for at in range(start, stop, attend.ROWS_PER_BLOCK)
+        for at in range(start, stop, ROWS_PER_BLOCK)
     ]

@@ -2,19 +2,29 @@
 
 An operation is a few phases with a barrier after each. In a phase the members share out matmul
 tiles, heads or columns; which member does what never changes a result.
+
+``c`` is a record of ``layout.CONTEXT``, ``op`` one of ``layout.OPERATION``, throughout.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+import numba as nb
 
 from headrace.backend import PAGE_SIZE
-from headrace.cpu import plan
 from headrace.cpu.attend import attend_block
-from headrace.cpu.intrinsics import atomic_add, call4, floats
+from headrace.cpu.intrinsics import atomic_add, call4, floats, view
+from headrace.cpu.layout import (
+    ATTEND,
+    CONTEXT,
+    COUNTER_BYTES,
+    FEED_FORWARD_IN,
+    HEAD,
+    MATMUL,
+    OPERATION,
+    PROJECT_OUT,
+    PROJECT_QKV,
+)
+from headrace.cpu.matmul import GROUP_RECORD
 from headrace.cpu.ops import (
     compiled,
     gelu_times,
@@ -25,46 +35,17 @@ from headrace.cpu.ops import (
     rotate,
     silu_times,
 )
-from headrace.cpu.team import await_ticket, barrier
+from headrace.cpu.sync import await_ticket, barrier
 
-COUNTERS_PER_OPERATION = 2
-COUNTER_STRIDE = 8
-"""int64s between work counters: a cache line each."""
-
-N_ROWS, N_LOGIT_ROWS, FIRST, LAST, N_BLOCKS, CLOSING = range(6)
-
-
-class Cache(NamedTuple):
-    """Keys and values in half precision (as uint16), [n_layers, n_pages, n_kv_heads, page].
-
-    The page of a head is [head_dim, PAGE_SIZE] of keys, [PAGE_SIZE, head_stride] of values; both
-    take head_stride · PAGE_SIZE halves.
-    """
-
-    keys: NDArray[np.uint16]
-    values: NDArray[np.uint16]
-
-
-class Step(NamedTuple):
-    """What changes from step to step, in fixed arrays."""
-
-    sizes: NDArray[np.int64]  # see N_ROWS … CLOSING
-    positions: NDArray[np.int32]  # [max_rows]
-    pages: NDArray[np.int32]  # [max_rows, max_pages]: the page table of each row's sequence
-    logit_rows: NDArray[np.int32]  # [max_rows]
-    blocks: NDArray[np.int32]  # [max_rows, 2]: first row and number of rows, for attention
-    counters: NDArray[np.int64]  # shared work counters, zero when a step starts
-    scratch: NDArray[np.uint8]  # [n_threads, bytes]
-    attention_kernels: NDArray[np.int64]  # addresses: scores, values
-
-
-_MATMUL_BYTES = plan.MATMUL.itemsize
-_ARGUMENTS_AT = plan.MATMUL.fields["weights"][1]  # type: ignore[index]
+_MATMUL_BYTES = MATMUL.itemsize
+_ARGUMENTS_AT = MATMUL.fields["weights"][1]  # type: ignore[index]
 
 
 @compiled
-def _run_matmuls(matmuls, first, last, n_threads, counter, scratch):
-    """The members take runs of tiles of matmuls first … last - 1 until none is left."""
+def _run_matmuls(c, op, n_threads, counter, scratch):
+    """The members take runs of tiles of the operation's matmuls until none is left."""
+    first, last = op.first_matmul, op.last_matmul
+    matmuls = view(c.matmuls, last, MATMUL)
     total = 0
     for m in range(first, last):
         total += matmuls[m].n_tiles
@@ -79,7 +60,7 @@ def _run_matmuls(matmuls, first, last, n_threads, counter, scratch):
             tiles = matmuls[m].n_tiles
             low, high = max(start - base, 0), min(stop - base, tiles)
             if low < high:
-                arguments = matmuls.ctypes.data + m * _MATMUL_BYTES + _ARGUMENTS_AT
+                arguments = c.matmuls + m * _MATMUL_BYTES + _ARGUMENTS_AT
                 call4(matmuls[m].kernel, arguments, low, high, scratch)
             base += tiles
 
@@ -93,9 +74,10 @@ def _share(width, n_parts, part):
 
 
 @compiled
-def _place_biases(matmuls, first, last, n_rows, member, n_threads):
+def _place_biases(c, op, n_rows, member, n_threads):
     """Each bias into y, where its matmul adds up: as the start, or onto the residual stream."""
-    for m in range(first, last):
+    matmuls = view(c.matmuls, op.last_matmul, MATMUL)
+    for m in range(op.first_matmul, op.last_matmul):
         if matmuls[m].bias == 0:
             continue
         n = matmuls[m].n
@@ -107,44 +89,47 @@ def _place_biases(matmuls, first, last, n_rows, member, n_threads):
 
 
 @compiled
-def _quantise_share(x, t, width, low, high, buffers):
-    """Columns [low, high) of x [T, width] into the int8 buffer."""
-    q = buffers.quantised[t * width : (t + 1) * width]
-    records = buffers.records[t * width // 16 : (t + 1) * width // 16]
-    quantise_row(x[t, low:high], q[low:high], records[low // 16 : high // 16])
+def _quantise_share(c, x, t, width, low, high):
+    """Columns [low, high) of row ``x`` [width] into row ``t`` of the int8 buffer."""
+    at = t * width + low
+    q = view(c.quantised + at, high - low, nb.int8)
+    records = view(c.records + at, (high - low) // 16, GROUP_RECORD)  # a byte a column, too
+    quantise_row(x[low:high], q, records)
 
 
 @compiled
-def _norm_and_quantise(op, x, rows, n_rows, buffers, member, n_threads):
-    """buffers.normed[i] = norm(x[rows[i]]), and its int8 form. Few rows are shared by column."""
+def _norm_and_quantise(c, op, rows, n_rows, member, n_threads):
+    """normed[i] = norm(x[rows[i]]), and its int8 form. Few rows are shared by column."""
     width = op.width
+    x = floats(c.x, (c.n_rows, width))
+    normed = floats(c.normed, (n_rows, width))
     weight = floats(op.norm, width)
-    normed = buffers.normed[: n_rows * width].reshape((n_rows, width))
     parts = n_threads if n_rows < n_threads else 1
     for item in range(member, n_rows * parts, n_threads):
         i = item // parts
-        source = x[rows[i]]
+        source, target = x[rows[i]], normed[i]
         low, high = _share(width, parts, item % parts)
         scale = rms_scale(source, op.eps)
         for j in range(low, high):
-            normed[i, j] = source[j] * scale * weight[j]
-        _quantise_share(normed, i, width, low, high, buffers)
+            target[j] = source[j] * scale * weight[j]
+        _quantise_share(c, target, i, width, low, high)
 
 
 @compiled
-def _quantise_all(x, n_rows, width, buffers, member, n_threads):
+def _quantise_attended(c, op, n_rows, member, n_threads):
+    width = op.width
+    x = floats(c.attended, (n_rows, width))
     parts = n_threads if n_rows < n_threads else 1
     for item in range(member, n_rows * parts, n_threads):
         low, high = _share(width, parts, item % parts)
-        _quantise_share(x, item // parts, width, low, high, buffers)
+        _quantise_share(c, x[item // parts], item // parts, width, low, high)
 
 
 @compiled
-def _activate_and_quantise(op, n_rows, buffers, member, n_threads):
+def _activate_and_quantise(c, op, n_rows, member, n_threads):
     """gate = activation(gate) · up, and its int8 form."""
     width = op.width
-    gate = buffers.gate[: n_rows * width].reshape((n_rows, width))
-    up = buffers.up[: n_rows * width].reshape((n_rows, width))
+    gate, up = floats(c.gate, (n_rows, width)), floats(c.up, (n_rows, width))
     parts = n_threads if n_rows < n_threads else 1
     for item in range(member, n_rows * parts, n_threads):
         t = item // parts
@@ -153,34 +138,41 @@ def _activate_and_quantise(op, n_rows, buffers, member, n_threads):
             gelu_times(gate[t, low:high], up[t, low:high])
         else:
             silu_times(gate[t, low:high], up[t, low:high])
-        _quantise_share(gate, t, width, low, high, buffers)
+        _quantise_share(c, gate[t], t, width, low, high)
 
 
 @compiled
-def _add_normed(op, n_rows, d_model, buffers, member, n_threads):
+def _add_normed(c, op, n_rows, member, n_threads):
     """x += post_norm(branch)."""
-    x = buffers.x[: n_rows * d_model].reshape((n_rows, d_model))
-    branch = buffers.branch[: n_rows * d_model].reshape((n_rows, d_model))
-    weight = floats(op.post_norm, d_model)
+    d = c.d_model
+    x, branch = floats(c.x, (n_rows, d)), floats(c.branch, (n_rows, d))
+    weight = floats(op.post_norm, d)
     for t in range(member, n_rows, n_threads):
         rms_norm(branch[t], weight, op.post_eps, branch[t])
-        for i in range(d_model):
+        for i in range(d):
             x[t, i] += branch[t, i]
 
 
 @compiled
-def _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads):
+def _page_address(c, layer, page, n_kv_heads, head):
+    """Bytes from the start of the keys, or of the values, to one head's part of a page."""
+    return 2 * c.page_halves * ((layer * c.n_pages + page) * n_kv_heads + head)
+
+
+@compiled
+def _rotate_and_store(c, op, n_rows, member, n_threads):
     """Norm and turn every query and key head; write keys and values to the cache."""
     head_dim, n_heads, n_kv = op.head_dim, op.n_heads, op.n_kv_heads
-    half = op.rope_dim // 2
-    q = buffers.q[: n_rows * n_heads * head_dim].reshape((n_rows, n_heads, head_dim))
-    k = buffers.k[: n_rows * n_kv * head_dim].reshape((n_rows, n_kv, head_dim))
-    v = buffers.v[: n_rows * n_kv * head_dim].reshape((n_rows, n_kv, head_dim))
-    stride = (head_dim + 15) // 16 * 16
+    half, stride = op.rope_dim // 2, (head_dim + 15) // 16 * 16
+    q = floats(c.q, (n_rows, n_heads, head_dim))
+    k = floats(c.k, (n_rows, n_kv, head_dim))
+    v = floats(c.v, (n_rows, n_kv, head_dim))
+    positions = view(c.positions, n_rows, nb.int32)
+    pages = view(c.pages, (n_rows, c.max_pages), nb.int32)
     for item in range(member, n_rows * (n_heads + n_kv), n_threads):
         t, h = item // (n_heads + n_kv), item % (n_heads + n_kv)
-        cos = buffers.cos[op.rope, t, :half]
-        sin = buffers.sin[op.rope, t, :half]
+        angles = 4 * c.max_angles * (op.rope * c.max_rows + t)
+        cos, sin = floats(c.cos + angles, half), floats(c.sin + angles, half)
         if h < n_heads:
             head = q[t, h]
             if op.q_norm:
@@ -192,97 +184,93 @@ def _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads):
         if op.k_norm:
             rms_norm(head, floats(op.k_norm, head_dim), op.k_eps, head)
         rotate(head, cos, sin, op.interleaved)
-        position = step.positions[t]
-        page = step.pages[t, position // PAGE_SIZE]
+        position = positions[t]
+        at = _page_address(c, op.layer, pages[t, position // PAGE_SIZE], n_kv, h)
+        keys = view(c.keys + at, c.page_halves, nb.uint16)
+        values = view(c.values + at, c.page_halves, nb.uint16)
         slot = position % PAGE_SIZE
-        keys, values = cache.keys[op.layer, page, h], cache.values[op.layer, page, h]
         for i in range(head_dim):
             keys[i * PAGE_SIZE + slot] = half_bits(head[i])
             values[slot * stride + i] = half_bits(v[t, h, i])
 
 
 @compiled
-def _attend(op, step, cache, buffers, n_rows, n_threads, counter, scratch):
+def _attend(c, op, n_rows, n_threads, counter, scratch):
     """The members take (block of rows, key head) tasks, or single query heads if those are few."""
     head_dim, n_heads, n_kv = op.head_dim, op.n_heads, op.n_kv_heads
     width = n_heads * head_dim
-    q = buffers.q[: n_rows * width].reshape((n_rows, width))
-    out = buffers.attended[: n_rows * width].reshape((n_rows, width))
-    n_blocks = step.sizes[N_BLOCKS]
+    q, out = floats(c.q, (n_rows, width)), floats(c.attended, (n_rows, width))
+    positions = view(c.positions, n_rows, nb.int32)
+    pages = view(c.pages, (n_rows, c.max_pages), nb.int32)
+    blocks = view(c.blocks, (c.n_blocks, 2), nb.int32)
     group = n_heads // n_kv
-    together = group if n_blocks * n_kv >= 4 * n_threads else 1
+    together = group if c.n_blocks * n_kv >= 4 * n_threads else 1
     per_block = n_heads // together
-    page_bytes = 2 * cache.keys.shape[2] * cache.keys.shape[3]
     while True:
         task = atomic_add(counter, 1)
-        if task >= n_blocks * per_block:
+        if task >= c.n_blocks * per_block:
             return
-        row, count = step.blocks[task // per_block]
+        row, count = blocks[task // per_block, 0], blocks[task // per_block, 1]
         head = task % per_block * together
-        key_head = head // group
+        at = _page_address(c, op.layer, 0, n_kv, head // group)
         attend_block(
-            q[row : row + count], out[row : row + count], step.positions[row : row + count],
-            step.pages[row], count, head, together, head_dim, op.scale, op.window, op.softcap,
-            cache.keys[op.layer, 0, key_head].ctypes.data,
-            cache.values[op.layer, 0, key_head].ctypes.data,
-            page_bytes, step.attention_kernels, scratch,
+            q[row : row + count], out[row : row + count], positions[row : row + count],
+            pages[row], count, head, together, head_dim, op.scale, op.window, op.softcap,
+            c.keys + at, c.values + at, 2 * c.page_halves * n_kv,
+            c.scores_kernel, c.values_kernel, scratch,
         )  # fmt: skip
 
 
 @compiled
-def run_step(member, n_threads, shared, operations, matmuls, buffers, cache, step, all_rows):
-    """Operations FIRST … LAST - 1 over the rows in ``buffers.x``. all_rows: arange(max_rows)."""
-    n_rows = step.sizes[N_ROWS]
-    scratch = step.scratch[member].ctypes.data
-    for o in range(step.sizes[FIRST], step.sizes[LAST]):
+def _run(c, member, n_threads, shared):
+    """Operations first … last - 1 over the rows in ``c.x``."""
+    n_rows, n_logits = c.n_rows, c.n_logit_rows
+    scratch = c.scratch + member * c.scratch_bytes
+    operations = view(c.operations, c.last, OPERATION)
+    all_rows = view(c.all_rows, n_rows, nb.int32)
+    logit_rows = view(c.logit_rows, n_logits, nb.int32)
+    for o in range(c.first, c.last):
         op = operations[o]
-        first, last = op.first_matmul, op.last_matmul
-        counter = step.counters.ctypes.data + o * COUNTERS_PER_OPERATION * COUNTER_STRIDE * 8
-        d_model = operations[0].width
-        x = buffers.x[: n_rows * d_model].reshape((n_rows, d_model))
-        if op.kind == plan.PROJECT_QKV:
-            _norm_and_quantise(op, x, all_rows, n_rows, buffers, member, n_threads)
-            _place_biases(matmuls, first, last, n_rows, member, n_threads)
+        counter = c.counters + o * COUNTER_BYTES
+        if op.kind == ATTEND:
+            _attend(c, op, n_rows, n_threads, counter, scratch)
             barrier(shared, n_threads)
-            _run_matmuls(matmuls, first, last, n_threads, counter, scratch)
-            barrier(shared, n_threads)
-            _rotate_and_store(op, step, cache, buffers, n_rows, member, n_threads)
-        elif op.kind == plan.ATTEND:
-            _attend(op, step, cache, buffers, n_rows, n_threads, counter, scratch)
-        elif op.kind == plan.HEAD:
-            n_logits = step.sizes[N_LOGIT_ROWS]
-            _norm_and_quantise(op, x, step.logit_rows, n_logits, buffers, member, n_threads)
-            _place_biases(matmuls, first, last, n_logits, member, n_threads)
-            barrier(shared, n_threads)
-            _run_matmuls(matmuls, first, last, n_threads, counter, scratch)
-        elif op.kind == plan.FEED_FORWARD_IN:
-            _norm_and_quantise(op, x, all_rows, n_rows, buffers, member, n_threads)
-            _place_biases(matmuls, first, last, n_rows, member, n_threads)
-            barrier(shared, n_threads)
-            _run_matmuls(matmuls, first, last, n_threads, counter, scratch)
-        else:  # PROJECT_OUT, FEED_FORWARD_OUT
-            if op.kind == plan.PROJECT_OUT:
-                attended = buffers.attended[: n_rows * op.width].reshape((n_rows, op.width))
-                _quantise_all(attended, n_rows, op.width, buffers, member, n_threads)
-            else:
-                _activate_and_quantise(op, n_rows, buffers, member, n_threads)
-            _place_biases(matmuls, first, last, n_rows, member, n_threads)
-            barrier(shared, n_threads)
-            _run_matmuls(matmuls, first, last, n_threads, counter, scratch)
-            if op.post_norm:
-                barrier(shared, n_threads)
-                _add_normed(op, n_rows, d_model, buffers, member, n_threads)
+            continue
+        rows = n_logits if op.kind == HEAD else n_rows
+        if op.kind == PROJECT_QKV or op.kind == FEED_FORWARD_IN:
+            _norm_and_quantise(c, op, all_rows, rows, member, n_threads)
+        elif op.kind == HEAD:
+            _norm_and_quantise(c, op, logit_rows, rows, member, n_threads)
+        elif op.kind == PROJECT_OUT:
+            _quantise_attended(c, op, rows, member, n_threads)
+        else:  # FEED_FORWARD_OUT
+            _activate_and_quantise(c, op, rows, member, n_threads)
+        _place_biases(c, op, rows, member, n_threads)
         barrier(shared, n_threads)
+        _run_matmuls(c, op, n_threads, counter, scratch)
+        barrier(shared, n_threads)
+        if op.kind == PROJECT_QKV:
+            _rotate_and_store(c, op, rows, member, n_threads)
+            barrier(shared, n_threads)
+        elif op.post_norm:
+            _add_normed(c, op, rows, member, n_threads)
+            barrier(shared, n_threads)
 
 
 @compiled
-def serve_steps(
-    member, shared, ticket, n_threads, operations, matmuls, buffers, cache, step, all_rows
-):
-    """The life of a member awake: run steps as they start; return when none comes for a while."""
+def take_part(member, n_threads, shared, ticket, context):
+    """The one entry from outside; all int64.
+
+    Member 0 runs the step just started. Another member runs every step after ``ticket`` as it
+    starts, and returns the last one seen when none has come for a while or the team closes.
+    """
+    c = view(context, 1, CONTEXT)[0]
+    if member == 0:
+        _run(c, member, n_threads, shared)
+        return ticket
     while True:
         newest = await_ticket(shared, ticket)
-        if newest == ticket or step.sizes[CLOSING]:
+        if newest == ticket or c.closing:
             return newest
         ticket = newest
-        run_step(member, n_threads, shared, operations, matmuls, buffers, cache, step, all_rows)
+        _run(c, member, n_threads, shared)
