@@ -195,7 +195,7 @@ class Plan:
                 "n_tiles": -(-linear.n // self.isa.lanes),
                 "float_input": is_float,
                 "bias": self._address(linear.bias),
-                "weights": self._rows(tensor).ctypes.data,
+                "weights": self._rows(tensor),
                 "n": linear.n,
                 "x": (x if is_float else self.buffers.quantised).ctypes.data,
                 "records": self.buffers.records.ctypes.data,
@@ -206,13 +206,15 @@ class Plan:
             }
         )
 
-    def _rows(self, tensor: Tensor) -> NDArray[np.uint8]:
-        """The packed rows; the few of a matrix smaller than a tile are copied and padded."""
-        if tensor.n_rows >= self.isa.lanes:
-            return tensor.data
-        rows = np.minimum(np.arange(self.isa.lanes), tensor.n_rows - 1)
-        self._padded.append(np.ascontiguousarray(tensor.data[rows]))
-        return self._padded[-1]
+    def _rows(self, tensor: Tensor) -> int:
+        """Address of the packed rows. A tile of a smaller matrix reads rows before the first one:
+        such a matrix is copied, with rows to read in front."""
+        missing = self.isa.lanes - tensor.n_rows
+        if missing <= 0:
+            return tensor.data.ctypes.data
+        padded = np.ascontiguousarray(np.pad(tensor.data, ((missing, 0), (0, 0)), mode="edge"))
+        self._padded.append(padded)
+        return padded[missing:].ctypes.data
 
     def _norm(self, address: str, eps: str, norm: Norm | None) -> dict[str, Any]:
         return {} if norm is None else {address: self._address(norm.weight), eps: norm.eps}
