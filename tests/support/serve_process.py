@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,22 @@ import httpx
 
 
 class Server:
-    """Started with ``arguments`` on a free port of the loopback; its log goes to ``log``."""
+    """Started with ``arguments`` on a free port of the loopback; its log goes to ``log``.
 
-    def __init__(self, log: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    program: another one than ``headrace serve``.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        program: Sequence[str] = ("-m", "headrace", "serve"),
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.log = log
+        command = [sys.executable, *program, *arguments, "--port", "0"]
         with log.open("w") as sink:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "headrace", "serve", *arguments, "--port", "0"],
-                stderr=sink,
-                env=env,
-            )
+            self.process = subprocess.Popen(command, stderr=sink, env=env)
         self.url = self._await(lambda: re.search(r'"url": "([^"]+)"', log.read_text()))[1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, timeout=60)

@@ -155,11 +155,13 @@ class Sequence:
             text="".join(self.text),
             tokens=tuple(self.generated),
             finish_reason=self.finish_reason,
-            timings=self._timings(),
+            timings=self.timings,
             logprobs=tuple(self.logprobs) if wanted else None,
         )
 
-    def _timings(self) -> Timings:
+    @property
+    def timings(self) -> Timings:
+        """Where the time went so far."""
         clock = self.clock
         prompt_seconds = decode_seconds = 0.0
         first_token = None

@@ -64,6 +64,8 @@ class Grammars:
 
     async def mask(self, grammar: str, n_vocab: int, param: str) -> Mask:
         """A fresh mask for one completion. Problem (400) when the grammar does not compile."""
+        if self._vocabulary is None:
+            raise _refused("this model has no token that would end the answer", param)
         if len(grammar) > _MAX_GRAMMAR:
             raise _refused(f"more than {_MAX_GRAMMAR >> 20} MiB", param)
         if grammar in self._kept:
@@ -82,7 +84,8 @@ class Grammars:
 
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Build what all grammars share. Takes a while: call it while the model loads."""
-        self._vocabulary = _vocabulary(tokenizer)
+        if tokenizer.end_ids:
+            self._vocabulary = _vocabulary(tokenizer)
 
     def close(self) -> None:
         self._thread.close()

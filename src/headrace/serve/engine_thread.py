@@ -231,6 +231,7 @@ class EngineThread:
             if stream.ended:
                 self._streams.discard(stream)
                 self.in_flight -= 1
+                self._metrics.observe_completion(event.sequence)
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:

@@ -180,16 +180,13 @@ class Generation:
         return Piece(index, event.text, event.logprobs, event.finish_reason)
 
     def _count(self, sequence: EngineSequence) -> None:
-        """Add a finished sequence to the usage (a shared prompt counts once) and the metrics."""
-        timings = sequence.completion().timings
+        """Add a finished sequence to the usage (a shared prompt counts once)."""
+        timings = sequence.timings
         prompt = tuple(sequence.request.tokens)
         if prompt not in self._counted:
             self._counted.add(prompt)
             self.usage.prompt += timings.prompt_tokens
             self.usage.cached += timings.cached_tokens
-        self._service.metrics.observe_completion(
-            sequence.n_generated, sequence.finish_reason, timings
-        )
 
     def _expire(self) -> None:
         seconds = self._service.settings.request_timeout

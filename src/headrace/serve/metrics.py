@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from headrace.engine.engine import Engine
-    from headrace.engine.request import Timings
+    from headrace.engine.sequence import Sequence
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -61,11 +61,13 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
         self.request_seconds.labels(route).observe(seconds)
 
-    def observe_completion(self, n_generated: int, reason: str | None, timings: Timings) -> None:
-        self.completions.labels(str(reason)).inc()
+    def observe_completion(self, sequence: Sequence) -> None:
+        """Count a sequence that has ended, in whatever way."""
+        timings = sequence.timings
+        self.completions.labels(str(sequence.finish_reason)).inc()
         self.tokens.labels("prompt").inc(timings.prompt_tokens)
         self.tokens.labels("cached").inc(timings.cached_tokens)
-        self.tokens.labels("generated").inc(n_generated)
+        self.tokens.labels("generated").inc(sequence.n_generated)
         if timings.time_to_first_token is not None:
             self.first_token_seconds.observe(timings.time_to_first_token)
         if timings.decode_tokens:

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from headrace import api
 from headrace.api import Model
 from headrace.engine.engine import DEFAULT_CONTEXT
-from headrace.errors import HeadraceError, RequestError
+from headrace.errors import RequestError
 from headrace.serve import logs
 from headrace.serve.app import create_app
 from headrace.serve.problems import unavailable
@@ -70,11 +70,8 @@ def serve(settings: Settings, load: Callable[[], Model] | None = None) -> None:
         ) from None
     except KeyboardInterrupt:
         pass  # uvicorn raises the signal again once all has ended
-    error = service.engine.error
-    if error is not None:
-        if isinstance(error, HeadraceError):
-            raise error
-        raise RuntimeError(f"the engine failed: {error}") from error
+    if service.engine.error is not None:
+        raise service.engine.error
 
 
 class _Server(uvicorn.Server):

@@ -49,7 +49,7 @@ class Settings:
     device: str = "auto"
     threads: int | None = _setting(None, 1, 4096)
     context: int | None = _setting(None, 1)
-    cache_tokens: int | None = _setting(None, 1, 2**40)
+    cache_tokens: int | None = _setting(None, 1, 2**36)
     max_sequences: int = _setting(32, 1, 2**16)
 
     host: str = "127.0.0.1"
