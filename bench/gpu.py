@@ -3,8 +3,9 @@
     python bench/gpu.py --models llama-8b llama-1b --json results.json
 
 Models are synthetic (random weights of a known shape, Q4_K_M): speed depends on shapes and types.
-Every figure is a median with its spread (the quartiles); the receipt holds device, driver, clocks,
-commit and command.
+Besides decode at several depths: where a token's time goes by kernel, steps of many sequences, and
+prompts. Every figure is a median with its spread (the quartiles); the receipt holds device, driver,
+clocks, commit and command.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.backend import PAGE_SIZE
+from headrace.backend import PAGE_SIZE, Batch
 from headrace.cuda import launchers
 from headrace.cuda.decode import GreedyDecode
 from headrace.cuda.device import Launch
@@ -83,12 +84,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def receipt(device: CUDADevice) -> dict[str, Any]:
+def receipt(device: CUDADevice, given: str | None) -> dict[str, Any]:
     return {
         "device": device.name,
         "driver": smi("driver_version"),
         "clocks": smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"),
-        "commit": commit(),
+        "commit": given or commit(),
         "command": " ".join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -165,57 +166,111 @@ def decode(runner: CUDARunner, depth: int, count: int = 32) -> dict[str, Any]:
             "blocking_synchronisations": blocking}  # fmt: skip
 
 
+def row_curve(runner: CUDARunner, counts: list[int]) -> list[dict[str, Any]]:
+    """A step of many rows, each the first token of a sequence of its own, as a graph."""
+    device, curve = runner.device, []
+    for n in counts:
+        zeros, ones = np.zeros(n, np.int32), np.ones(n, np.int32)
+        table = np.arange(n, dtype=np.int32)[:, None]
+        runner.step(Batch(ones, zeros, np.arange(n, dtype=np.int32), table, zeros[:1]))  # uploads
+        launches = runner.lowering.launches(Step(n, 64, ((0, n),)))
+        device.prepare(launch.spec for launch in launches)
+
+        def record(batch: list[Launch] = launches) -> None:
+            for launch in batch:
+                device.launch(launch)
+
+        graph = device.capture(record)
+        times = timed(device, graph.launch)
+        graph.close()
+        curve.append({"rows": n, "tok_per_s": n * 1e6 / times["median"], "us": times})
+    return curve
+
+
+def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
+    """A prompt of one sequence through ``step``, as the host sees it, logits of the last row."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, runner.decoder.config.n_vocab, n_tokens, dtype=np.int32)
+    positions = np.arange(n_tokens, dtype=np.int32)
+    table = np.arange(-(-n_tokens // PAGE_SIZE), dtype=np.int32)[None]
+    batch = Batch(tokens, positions, np.zeros_like(positions), table, positions[-1:])
+    runner.step(batch)
+    samples = []
+    for _ in range(3):
+        start = time.perf_counter()
+        runner.step(batch)
+        samples.append((time.perf_counter() - start) * 1e6)
+    times = summary(samples)
+    return {"tokens": n_tokens, "tok_per_s": n_tokens * 1e6 / times["median"], "us": times}
+
+
+def measure(
+    decoder: Decoder, name: str, ceiling: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    runner = CUDARunner(decoder, CUDADevice(), tuning=Tuning(*options.tuning))
+    load = time.perf_counter() - start
+    runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
+    launches = runner.lowering.launches(Step(1, 64, ((0, 1),)))
+    total = sum(weight_bytes(launch, runner) for launch in launches)
+    decodes = [decode(runner, depth) for depth in options.depths]
+    for d in decodes:
+        us, rate = d["us"], total / d["us"]["median"] / 1e3
+        d["share_of_ceiling"] = rate / ceiling
+        print(
+            f"{name} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s ({us['median']:.0f} us, "
+            f"{us['low']:.0f} to {us['high']:.0f}), {rate:,.0f} GB/s of weights = "
+            f"{rate / ceiling:.1%} of the ceiling",
+            flush=True,
+        )
+    parts = breakdown(runner, options.depths[0])
+    for part in parts:
+        print(
+            f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us "
+            f"{part['gb_per_s']:7,.0f} GB/s = {part['gb_per_s'] / ceiling:.1%}",
+            flush=True,
+        )
+    print(f"  sum of parts {sum(part['us'] * part['count'] for part in parts):.0f} us", flush=True)
+    curve = row_curve(runner, options.rows)
+    prompts = [prefill(runner, n) for n in options.prompts]
+    for one in curve:
+        print(f"  {one['rows']:3} sequences: {one['tok_per_s']:.0f} tok/s in all", flush=True)
+    for one in prompts:
+        print(f"  prompt of {one['tokens']}: {one['tok_per_s']:.0f} tok/s", flush=True)
+    runner.close()
+    return {
+        "model": name,
+        "recipe": options.recipe,
+        "tuning": options.tuning,
+        "weight_bytes": total,
+        "load_s": load,
+        "decode": decodes,
+        "breakdown": parts,
+        "rows": curve,
+        "prefill": prompts,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
-    parser.add_argument("--tunings", nargs="*", default=["16,2,1"], help="warps,stages,exclusive")
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512])
+    parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--commit", help="for the receipt, where git cannot tell")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-breakdown", action="store_true")
     options = parser.parse_args()
 
     device = CUDADevice()
-    result = receipt(device) | {"read_ceiling": read_ceiling(device), "models": []}
+    result = receipt(device, options.commit) | {"read_ceiling": read_ceiling(device), "models": []}
     ceiling = result["read_ceiling"]["gb_per_s"]
     print(f"{device.name}: read ceiling {ceiling:,.0f} GB/s", flush=True)
     for name in options.models:
-        start = time.perf_counter()
         decoder = synthetic(name, options.recipe, options.folder)
-        print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
-        for text in options.tunings:
-            warps, stages, exclusive = (int(part) for part in text.split(","))
-            tuning = Tuning(warps, stages, bool(exclusive))
-            start = time.perf_counter()
-            runner = CUDARunner(decoder, CUDADevice(), max_rows=8, tuning=tuning)
-            load = time.perf_counter() - start
-            runner.allocate_cache(max(options.depths) // PAGE_SIZE + 8)
-            first = decode(runner, options.depths[0])
-            total = sum(
-                weight_bytes(launch, runner)
-                for launch in runner.lowering.launches(Step(1, 64, ((0, 1),)))
-            )
-            decodes = [first, *(decode(runner, depth) for depth in options.depths[1:])]
-            for d in decodes:
-                rate = total / d["us"]["median"] / 1e3
-                d["share_of_ceiling"] = rate / ceiling
-                us = d["us"]
-                print(f"{name} {text} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s "
-                      f"({us['median']:.0f} us by events, {us['low']:.0f} to {us['high']:.0f}), "
-                      f"{rate:,.0f} GB/s of weights = {rate / ceiling:.1%}",
-                      flush=True)  # fmt: skip
-            parts = [] if options.no_breakdown else breakdown(runner, options.depths[0])
-            for part in parts:
-                print(f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us "
-                      f"{part['gb_per_s']:7,.0f} GB/s = {part['gb_per_s'] / ceiling:.1%}",
-                      flush=True)  # fmt: skip
-            alone = sum(part["us"] * part["count"] for part in parts)
-            print(f"  sum of parts {alone:.0f} us", flush=True)
-            result["models"].append({"model": name, "recipe": options.recipe, "tuning": text,
-                                     "weight_bytes": total, "load_s": load, "decode": decodes,
-                                     "breakdown": parts})  # fmt: skip
-            runner.close()
+        result["models"].append(measure(decoder, name, ceiling, options))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1))

@@ -66,7 +66,7 @@ class HostDevice:
         return address
 
     def _guard(self, function: str, address: int, n_bytes: int) -> None:
-        """Under AddressSanitizer, forbid (or allow) what lies between the array and its block's end."""
+        """Under AddressSanitizer: forbid (or allow) what lies between the array and its end."""
         if self.sanitise:
             block = self._memory[address]
             slack = block.ctypes.data + block.size - address - n_bytes
