@@ -38,7 +38,8 @@ ARGUMENTS = ("weights", "n", "x", "records", "t", "y", "y_stride", "accumulate")
 """The int64 fields of a kernel's argument array; addresses and strides in bytes.
 
 weights: packed [n, k], with a tile of rows readable before them if n is less than a tile;
-x: int8 [t, k] (float32 for float weights); records: [t, k/16]; y: float32, row stride ``y_stride``; accumulate: 1 to add to y.
+x: int8 [t, k] (float32 for float weights); records: [t, k/16]; y: float32 with row stride
+``y_stride``; accumulate: 1 to add to y.
 """
 
 SIGNATURE = ir.FunctionType(ir.VoidType(), [i64, i64, i64, i64])
