@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def _library() -> Any:
             "models from the Hugging Face hub need huggingface-hub: pip install 'headrace[hub]'"
         ) from error
     if not sys.stderr.isatty():
-        library.utils.disable_progress_bars()
+        import_module("huggingface_hub.utils").disable_progress_bars()
     return library
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +131,21 @@ def test_a_base_model_continues_text_and_does_not_chat(
     refused = headrace("chat", str(path), "--device", "reference")
     assert refused.code == 1
     assert "has no chat template, it only continues text" in refused.err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_bug(closed: str) -> None:
+    program = shlex.join([sys.executable, "-m", "headrace"])
+    commands = {"<&-": "run nothing", ">&-": "models", "2>&-": "models"}
+    done = subprocess.run(
+        f"{program} {commands[closed]} {closed}", shell=True, capture_output=True, text=True
+    )
+    assert "internal error" not in done.stderr
+    assert done.returncode == (1 if closed == "<&-" else 0)
+
+
+def test_no_command_shows_the_help_and_nothing_else(headrace: Headrace) -> None:
+    result = headrace()
+    assert result.code == 2
+    assert "COMMAND" in result.out
+    assert result.err == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +104,6 @@ class FakeHub:
         self.folder = folder
         self.error: Exception | None = None
         self.downloads: list[str] = []
-        self.utils = SimpleNamespace(disable_progress_bars=lambda: None)
 
     def HfApi(self) -> FakeHub:  # noqa: N802  (the library's name)
         return self
@@ -124,6 +125,8 @@ class FakeHub:
 def fake_hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    utils = SimpleNamespace(disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
     return fake
 
 
@@ -160,6 +163,17 @@ def test_the_hub_s_refusals_say_what_to_do(fake_hub: FakeHub, kind: str, message
     with pytest.raises(HubError) as caught:
         hub.resolve("org/repo:Q4_K_M")
     assert message in str(caught.value)
+
+
+def test_the_real_library_offline(tmp_path: Path) -> None:
+    """No fake: the names that headrace uses are those that huggingface-hub has."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HEADRACE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "headrace", "pull", "org/repo:Q4_K_M"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "org/repo has not been fetched before, and HF_HUB_OFFLINE is set" in done.stderr
 
 
 def test_without_huggingface_hub_the_error_names_the_extra(

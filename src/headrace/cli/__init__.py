@@ -7,7 +7,9 @@ import sys
 
 
 def main() -> None:
-    """The ``headrace`` program. Exit codes: 0, 1 for any error, 130 for Ctrl-C."""
+    """The ``headrace`` program. Exit codes: 0, 1 for any error, 2 for help that was not asked for,
+    130 for Ctrl-C."""
+    _open_missing_streams()
     debug, arguments = _take_debug(sys.argv[1:])
     try:
         from headrace.cli.app import app
@@ -23,11 +25,22 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C while it parses
+        kind = type(error).__name__
+        if kind == "Abort":  # what typer makes of Ctrl-C while it parses
             sys.exit(130)
+        if kind == "NoArgsIsHelpError":  # the help has been printed
+            sys.exit(2)
         print(f"headrace: {_explain(error)}", file=sys.stderr)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_missing_streams() -> None:
+    """What the caller closed (``>&-``) reads and writes nothing; Python has None in its place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:

@@ -38,8 +38,8 @@ def _options(
 ) -> None:
     """Run GGUF language models at the speed of memory.
 
-    MODEL is the path of a .gguf file, a known name ('headrace models' lists them), or
-    org/repo:QUANT on the Hugging Face hub.
+    MODEL is the path of a .gguf file, a known name (see 'headrace models'),
+    or org/repo:QUANT on the Hugging Face hub.
     """
 
 
