@@ -28,6 +28,9 @@ from headrace.model.operations import Embed, Head, Rope
 MAX_ROWS = 256
 """Rows of one compiled call: enough to share each weight's unpacking; longer steps are split."""
 
+MAX_THREADS_PER_CORE = 4
+"""More only wait for each other: members of a team spin."""
+
 MAX_LOGIT_ROWS = 32
 """Rows of one pass of the vocabulary matmul beside a full step."""
 
@@ -41,11 +44,15 @@ class CPURunner:
     def __init__(
         self, decoder: Decoder, threads: int | None = None, instruction_set: str | None = None
     ) -> None:
-        if threads is not None and threads < 1:
-            raise DeviceError(f"threads must be at least 1, not {threads}")
+        cores = default_threads()
+        if threads is not None and not 1 <= threads <= MAX_THREADS_PER_CORE * cores:
+            raise DeviceError(
+                f"threads must be from 1 to {MAX_THREADS_PER_CORE * cores} "
+                f"({MAX_THREADS_PER_CORE} for each of the {cores} cores here), not {threads}"
+            )
         self.decoder = decoder
         self._isa = isa.choose(instruction_set)
-        self._n_threads = threads or default_threads()
+        self._n_threads = threads or cores
         self._plan = Plan(decoder, self._isa, MAX_ROWS)
         self._attention = attention_library(self._isa)
         self._take_part = step_library().function("take_part", 5)
