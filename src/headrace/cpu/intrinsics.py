@@ -7,6 +7,7 @@ from typing import Any
 import numba as nb
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _i64 = ir.IntType(64)
@@ -64,6 +65,21 @@ def atomic_load(typing_context: Any, address: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0], _i64), "seq_cst", 8)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``, to be read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i8p, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8p, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        hints = [ir.Constant(i32, v) for v in (0, 3, 1)]  # read, all cache levels, data
+        builder.call(function, [_pointer(builder, args[0], ir.IntType(8)), *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -26,7 +26,10 @@ OPERATION = np.dtype(
 """One operation. ``width``: columns of its input. ``window`` and ``softcap`` are 0 for none."""
 
 MATMUL = np.dtype(
-    [(name, np.int64) for name in ("kernel", "n_tiles", "float_input", "bias", "residual")]
+    [
+        (name, np.int64)
+        for name in ("kernel", "n_tiles", "tile_bytes", "float_input", "bias", "residual")
+    ]
     + [(name, np.int64) for name in matmul.ARGUMENTS]
 )
 """One matmul of an operation: the kernel's address, its work, and its argument array.

@@ -193,6 +193,7 @@ class Plan:
             {
                 "kernel": library.address(matmul.kernel_name(tensor.qtype, linear.k)),
                 "n_tiles": -(-linear.n // self.isa.lanes),
+                "tile_bytes": self.isa.lanes * tensor.qtype.row_bytes(linear.k),
                 "float_input": is_float,
                 "bias": self._address(linear.bias),
                 "weights": self._rows(tensor),

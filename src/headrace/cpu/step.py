@@ -12,7 +12,7 @@ import numba as nb
 
 from headrace.backend import PAGE_SIZE
 from headrace.cpu.attend import attend_block
-from headrace.cpu.intrinsics import atomic_add, call4, floats, view
+from headrace.cpu.intrinsics import atomic_add, call4, floats, prefetch, view
 from headrace.cpu.layout import (
     ATTEND,
     CONTEXT,
@@ -37,23 +37,42 @@ from headrace.cpu.ops import (
 )
 from headrace.cpu.sync import await_ticket, barrier
 
+_PREFETCHED = 16 << 10
+"""Bytes of a first tile worth asking for: a third of an L1 cache."""
+
 _MATMUL_BYTES = MATMUL.itemsize
 _ARGUMENTS_AT = MATMUL.fields["weights"][1]  # type: ignore[index]
 
 
 @compiled
-def _run_matmuls(c, op, n_threads, counter, scratch):
-    """The members take runs of tiles of the operation's matmuls until none is left."""
+def _total_tiles(c, op):
+    matmuls = view(c.matmuls, op.last_matmul, MATMUL)
+    total = 0
+    for m in range(op.first_matmul, op.last_matmul):
+        total += matmuls[m].n_tiles
+    return total
+
+
+@compiled
+def _tiles_at_a_time(total, n_threads):
+    """Tiles a member takes at once: at least 16 if there are, so that most are prefetched by the
+    tile before; an equal share of few."""
+    turns = max(1, total // (16 * n_threads))
+    return (total + turns * n_threads - 1) // (turns * n_threads)
+
+
+@compiled
+def _run_matmuls(c, op, member, n_threads, counter, scratch):
+    """The members take runs of tiles of the operation's matmuls until none is left.
+
+    The first run of each is its own; the counter hands out the rest.
+    """
     first, last = op.first_matmul, op.last_matmul
     matmuls = view(c.matmuls, last, MATMUL)
-    total = 0
-    for m in range(first, last):
-        total += matmuls[m].n_tiles
-    run = max(1, min(16, total // (8 * n_threads)))
-    while True:
-        start = atomic_add(counter, run)
-        if start >= total:
-            return
+    total = _total_tiles(c, op)
+    run = _tiles_at_a_time(total, n_threads)
+    start = member * run
+    while start < total:
         stop = min(start + run, total)
         base = 0
         for m in range(first, last):
@@ -63,6 +82,21 @@ def _run_matmuls(c, op, n_threads, counter, scratch):
                 arguments = c.matmuls + m * _MATMUL_BYTES + _ARGUMENTS_AT
                 call4(matmuls[m].kernel, arguments, low, high, scratch)
             base += tiles
+        start = n_threads * run + atomic_add(counter, run)
+
+
+@compiled
+def _prefetch_first_tile(c, op, member, n_threads):
+    """Ask for the first weights this member will need, before it waits for the others."""
+    matmuls = view(c.matmuls, op.last_matmul, MATMUL)
+    tile = member * _tiles_at_a_time(_total_tiles(c, op), n_threads)
+    for m in range(op.first_matmul, op.last_matmul):
+        if tile < matmuls[m].n_tiles:
+            start = matmuls[m].weights + tile * matmuls[m].tile_bytes
+            for at in range(0, min(matmuls[m].tile_bytes, _PREFETCHED), 64):
+                prefetch(start + at)
+            return
+        tile -= matmuls[m].n_tiles
 
 
 @compiled
@@ -246,8 +280,9 @@ def _run(c, member, n_threads, shared):
         else:  # FEED_FORWARD_OUT
             _activate_and_quantise(c, op, rows, member, n_threads)
         _place_biases(c, op, rows, member, n_threads)
+        _prefetch_first_tile(c, op, member, n_threads)
         barrier(shared, n_threads)
-        _run_matmuls(c, op, n_threads, counter, scratch)
+        _run_matmuls(c, op, member, n_threads, counter, scratch)
         barrier(shared, n_threads)
         if op.kind == PROJECT_QKV:
             _rotate_and_store(c, op, rows, member, n_threads)
