@@ -54,11 +54,11 @@ def matvecs(device: PaperDevice) -> list[Launch]:
         head = matrix(qtype, 1000, 2048)
         made.append(matvec([head], c.Store(), macros=LOGITS, norm_eps=1e-5))
         if qtype not in FLOAT_TYPES:
-            made.append(matvec([head], c.Store(), 4, macros=LOGITS))
+            made.append(matvec([head], c.Store(), 8, macros=LOGITS))
     made.append(matvec([matrix(Q.Q4_K, 1000, 2048)], c.Store(), macros=LOGITS, floats=True))
     made.append(matvec([matrix(Q.Q5_0, 1000, 1152)], c.Store(), macros=LOGITS, floats=True))
     qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
-    for rows in (1, 4):
+    for rows in (1, 8):
         made.append(matvec(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
         made.append(matvec([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), rows))
         pair = [matrix(Q.Q4_K, 14336, 4096)] * 2

@@ -87,9 +87,9 @@ def test_int8_activations_one_token_at_a_time(device: Device, synthetic) -> None
 
 def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
     decoder = synthetic("llama-tiny", "Q4_K_M")
-    runner = CUDARunner(decoder, device, max_rows=4)
+    runner = CUDARunner(decoder, device, max_rows=16)
     runner.allocate_cache(4)
-    pages, prompt = [3, 1], TOKENS[:5]
+    pages, prompt = [3, 1], (TOKENS * 4)[:58]  # soon on its second page
 
     def stepwise(count: int) -> list[int]:
         ids: list[int] = []
@@ -101,25 +101,25 @@ def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
             ids += tokens
         return ids
 
-    wanted = stepwise(70)
-    runner.step(batches.one_sequence(prompt, 0, [4], pages))
+    wanted = stepwise(12)
+    runner.step(batches.one_sequence(prompt, 0, [57], pages))
     decode = GreedyDecode(runner)
     decode.start(wanted[0], len(prompt), pages)
     before = replace(runner.counters)
-    got = list(decode.tokens(69))
+    got = list(decode.tokens(11))
     assert got == wanted[1:]
     after = runner.counters
-    assert after.graph_launches - before.graph_launches == 69
+    assert after.graph_launches - before.graph_launches == 11
     assert after.synchronisations == before.synchronisations
     assert after.bytes_to_host == before.bytes_to_host
 
     # Cancelled after a few, then something else, then again from the start: the same tokens.
     decode.start(wanted[0], len(prompt), pages)
-    assert [token for token, _ in zip(decode.tokens(20), range(3), strict=False)] == wanted[1:4]
+    assert [token for token, _ in zip(decode.tokens(8), range(3), strict=False)] == wanted[1:4]
     runner.step(batches.one_sequence(TOKENS, 0, [0], [0, 2]))
     decode.start(wanted[0], len(prompt), pages)
-    assert list(decode.tokens(20)) == wanted[1:21]
+    assert list(decode.tokens(8)) == wanted[1:9]
     with pytest.raises(ContextOverflowError, match="do not fit 128"):
-        next(decode.tokens(104))
+        next(decode.tokens(63))
     decode.close()
     runner.close()

@@ -3,7 +3,7 @@
 Which kernel runs for what:
 
 ====================  ==========================================================================
-``matvec``            every matrix; ROWS (1, 2 or 4 rows of activations at once) from the step's
+``matvec``            every matrix; ROWS (1, 2, 4 or 8 rows of activations at once) from the step's
                       rows and the shared memory; int8 activations, or float ones when asked for
                       or when a matrix is F32, F16 or BF16
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
@@ -107,16 +107,18 @@ def matvec_shape(
     device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, unit_rows: int,
     floats: bool, tuning: Tuning,
 ) -> MatvecShape:  # fmt: skip
-    """The largest variant that fits the device's shared memory."""
+    """The variant that fits the shared memory: most warps first, then rows, then stages."""
     k = matrices[0].layout.k
     stage = max(m.layout.max_tile_bytes for m in matrices)
     padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
     units = (padded_rows[0] if paired else sum(padded_rows)) // unit_rows
     grid = min(device.sm_count, units)
-    at_once = 1 if floats else min(4, 1 << (rows - 1).bit_length())
+    # Code for several types holds too many registers for eight rows.
+    most = 8 if len({m.layout.qtype for m in matrices}) == 1 else 4
+    at_once = 1 if floats else min(most, 1 << (rows - 1).bit_length())
     unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
     options = (
-        (w, s, r) for r in (4, 2, 1) for w in (32, 24, 16, 12, 8, 4, 2, 1) for s in (4, 3, 2, 1)
+        (w, s, r) for w in (32, 24, 16, 12, 8, 4, 2, 1) for r in (8, 4, 2, 1) for s in (4, 3, 2, 1)
     )
     for warps, stages, r in options:
         if warps > tuning.warps or stages > tuning.stages or r > at_once:
