@@ -83,6 +83,20 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def pause(typing_context: Any) -> Any:
+    """Leave the core to its other hardware thread for a moment, where there is such a hint."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if builder.module.triple.startswith(("x86", "i386", "i686", "amd64")):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def float_bits(typing_context: Any, value: Any) -> Any:
     """The bits of a float32 as int32."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.cpu.intrinsics import atomic_add, atomic_exchange, atomic_load, sched_yield
+from headrace.cpu.intrinsics import atomic_add, atomic_exchange, atomic_load, pause, sched_yield
 from headrace.cpu.layout import ARRIVED, GENERATION, TICKET
 from headrace.cpu.ops import compiled
 
@@ -23,6 +23,7 @@ def barrier(shared, n_threads):
     spins = 0
     while atomic_load(shared + GENERATION) == generation:
         spins += 1
+        pause()
         if spins > _SPINS_BEFORE_YIELD:  # more threads than free cores: let the late one run
             sched_yield()
 
@@ -34,4 +35,5 @@ def await_ticket(shared, last):
         ticket = atomic_load(shared + TICKET)
         if ticket != last:
             return ticket
+        pause()
     return last
