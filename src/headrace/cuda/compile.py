@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,11 +139,14 @@ def resources(spec: Specialisation, arch: str) -> Resources:
     return Resources(max(registers), sum(spills))
 
 
-@cache
+_IMPORTING = threading.Lock()
+
+
 def _nvrtc_version() -> str:
     try:
-        import cuda.core
-        from cuda.bindings import nvrtc as library
+        with _IMPORTING:  # threads that import the compiler at once see half of it
+            import cuda.core
+            from cuda.bindings import nvrtc as library
     except ImportError as cause:
         raise DeviceError(
             "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
@@ -159,8 +163,6 @@ def cubin(spec: Specialisation, arch: str) -> bytes:
 def cubins(specs: Iterable[Specialisation], arch: str) -> dict[Specialisation, bytes]:
     """Many at once, on all cores."""
     wanted = list(dict.fromkeys(specs))
-    if wanted:
-        _nvrtc_version()  # imports the compiler here: threads importing it at once fail
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(wanted, pool.map(lambda spec: cubin(spec, arch), wanted), strict=True))
 
