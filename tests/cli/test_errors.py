@@ -42,6 +42,7 @@ from headrace.synth import write_synthetic
         (("synth", "llama-tiny", "Q9"), "unknown recipe 'Q9': use one of"),
         (("synth", "llama-tiny", "-o", "{tiny}"), "exists: give another --output, or --force"),
         (("bench", "{tiny}", "-p", "0", "-n", "0"), "nothing to measure"),
+        (("info", "{tiny}", "-c", "9999"), "context must be a whole number from 1 to 2048"),
         (("bench", "{tiny}", "-p", "x"), "-p takes whole numbers separated by commas, not 'x'"),
         (
             ("bench", "{tiny}", "-d", "5000"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import headrace
 from headrace.cli import console
 from headrace.cli.options import Device, Json, ModelName, Threads
 from headrace.errors import RequestError
@@ -35,7 +36,7 @@ def bench(
     depths: _Depths = "0",
     repetitions: _Repetitions = 5,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure prefill (pp) and decode (tg) tok/s, GB/s and the share of the read bandwidth.
@@ -46,6 +47,11 @@ def bench(
     lengths = [n for n in _numbers("-p", prompts) if n], [n for n in _numbers("-n", generate) if n]
     if not any(lengths):
         raise RequestError("nothing to measure: give -p or -n a length above 0")
+    from headrace.devices import choose_device
+
+    device = choose_device(device)
+    if device == "cuda":  # a step there is a graph, and the read bandwidth is the card's
+        raise RequestError("bench measures CPUs: for a GPU, run bench/gpu.py of the repository")
     path = console.resolve(model)
     facts = _measure(
         model, str(path), *lengths, _numbers("-d", depths), repetitions, threads, device
@@ -74,7 +80,7 @@ def _measure(
     device: str,
 ) -> dict[str, Any]:
     from headrace import bench as measuring
-    from headrace.backend import load_runner
+    from headrace.devices import load_runner
     from headrace.gguf import open_gguf
     from headrace.model import load_decoder
 
@@ -93,6 +99,7 @@ def _measure(
         runner.close()
         n_parameters = sum(tensor.n_rows * tensor.k for tensor in decoder.weights.values())
         return {
+            "version": headrace.__version__,
             "model": model,
             "path": path,
             "architecture": decoder.config.architecture,

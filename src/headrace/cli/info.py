@@ -27,7 +27,7 @@ def info(model: ModelName, context: Context = None, as_json: Json = False) -> No
 
 def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str, Any]:
     """All that ``info`` shows, as JSON. Sizes are in bytes."""
-    from headrace.errors import HeadraceError
+    from headrace.errors import HeadraceError, RequestError
     from headrace.model import load_decoder
 
     metadata = file.metadata
@@ -54,7 +54,9 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
 
     per_position = KV_VALUE_BYTES * kv_values_per_position(decoder)
     longest = decoder.config.context_length
-    lengths = {context or 0, min(DEFAULT_CONTEXT, longest), longest}
+    if context is not None and context > longest:
+        raise RequestError(f"context must be a whole number from 1 to {longest}, not {context}")
+    lengths = {context or longest, min(DEFAULT_CONTEXT, longest), longest}
     return facts | {
         "supported": True,
         "config": asdict(decoder.config),
@@ -63,7 +65,6 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
         "memory": [
             {"context": n, "kv_cache": n * per_position, "total": file.n_bytes + n * per_position}
             for n in sorted(lengths)
-            if 0 < n <= longest
         ],
     }
 
