@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace import hub
-from headrace.backend import load_runner
+from headrace.devices import load_runner
 from headrace.errors import HeadraceError, ModelError
 from headrace.gguf.reader import open_gguf
 from headrace.model import load_decoder

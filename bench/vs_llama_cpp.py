@@ -39,8 +39,8 @@ class Headrace:
 
     def __init__(self, path: str, threads: int, context: int) -> None:
         import headrace
-        from headrace.backend import load_runner
         from headrace.bench import StepTimer
+        from headrace.devices import load_runner
         from headrace.gguf import open_gguf
         from headrace.model import load_decoder
 

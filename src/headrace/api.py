@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from headrace import hub
-from headrace.backend import load_runner
+from headrace.devices import choose_device, load_runner
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.scheduler import pages_for
 from headrace.engine.sequence import Event
-from headrace.errors import DeviceError, TemplateError
+from headrace.errors import TemplateError
 from headrace.gguf.reader import GGUFFile, open_gguf
 from headrace.model.decoder import Config
 from headrace.model.loader import load_decoder
@@ -118,15 +118,6 @@ def load(
         file.close()
         raise
     return Model(file, engine, device, template)
-
-
-def choose_device(device: str) -> str:
-    """The device that ``"auto"`` means here; DeviceError for one that there is not."""
-    if device == "auto":
-        return "cpu"
-    if device not in ("cpu", "reference"):
-        raise DeviceError(f"unknown device {device!r}: use 'auto', 'cpu' or 'reference'")
-    return device
 
 
 def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, ChatTemplate | None]:

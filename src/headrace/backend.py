@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import DeviceError
 from headrace.model.decoder import Decoder
 
 PAGE_SIZE = 64
@@ -67,20 +66,3 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Release the device memory. Idempotent."""
-
-
-def load_runner(decoder: Decoder, device: str, threads: int | None = None) -> Runner:
-    """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``."""
-    if device == "reference":
-        from headrace.reference.runner import ReferenceRunner
-
-        return ReferenceRunner(decoder)
-    if device == "cpu":
-        from headrace.cpu.runner import CPURunner
-
-        return CPURunner(decoder, threads=threads)
-    if device == "cuda":
-        from headrace.cuda.runner import CUDARunner
-
-        return CUDARunner(decoder)
-    raise DeviceError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'reference'")

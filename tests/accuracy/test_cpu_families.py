@@ -7,7 +7,7 @@ import pytest
 from batches import n_pages, one_sequence
 from tiny_families import CONFIGS, tiny_model, write_tiny
 
-from headrace.backend import load_runner
+from headrace.devices import load_runner
 from headrace.gguf.reader import open_gguf
 from headrace.model import load_decoder
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.backend import load_runner
+from headrace.devices import load_runner
 from headrace.gguf.reader import open_gguf
 from headrace.model import load_decoder
 from headrace.reference.accuracy import measure, read_golden

@@ -7,7 +7,7 @@ import pytest
 from fake_runner import TOKENIZER, add, drain
 from tiny_families import tiny_model, write_tiny
 
-from headrace.backend import load_runner
+from headrace.devices import load_runner
 from headrace.engine.engine import Engine
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
