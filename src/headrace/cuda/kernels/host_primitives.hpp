@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -132,7 +133,8 @@ static_assert(sizeof(Barrier) == 8);
 
 struct Block {
   alignas(128) u8 shared[SHARED];
-  std::vector<u8> stacks;
+  std::unique_ptr<u8[]> stacks;  // not zeroed: most of it is never touched
+  u32 stacks_made;
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
   std::vector<BulkCopy> copies;
@@ -215,7 +217,7 @@ inline bool run_block(u32 threads) {
   k.arrived = 0;
   k.alive = threads;
   for (u32 t = 0; t < threads; ++t)
-    k.fibres[t].sp = first_stack_pointer(k.stacks.data() + (t + 1) * STACK, fibre_entry);
+    k.fibres[t].sp = first_stack_pointer(k.stacks.get() + (t + 1) * STACK, fibre_entry);
   while (k.alive) {
     bool progressed = false;
     const u32 start = random(threads), stride = 2 * random(threads) + 1;
@@ -227,7 +229,7 @@ inline bool run_block(u32 threads) {
       f.waits_on = nullptr;
       k.current = t;
       threadIdx.x = t;
-      switch_stack(&k.scheduler_sp, f.sp, k.stacks.data() + t * STACK, STACK);
+      switch_stack(&k.scheduler_sp, f.sp, k.stacks.get() + t * STACK, STACK);
       if (k.fault) return false;
       progressed = true;
     }
@@ -267,7 +269,10 @@ inline const char* launch(void (*body)(const void*), const void* args, u32 gx, u
   block.args = args;
   block.random_state = seed;
   block.fault = nullptr;
-  block.stacks.resize(size_t(threads) * STACK);
+  if (block.stacks_made < threads) {
+    block.stacks.reset(new u8[size_t(threads) * STACK]);
+    block.stacks_made = threads;
+  }
   blockDim = {threads, 1, 1};
   gridDim = {gx, gy, gz};
   for (u32 z = 0; z < gz; ++z)
