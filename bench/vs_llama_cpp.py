@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 BATCH = 512
 
@@ -171,7 +174,7 @@ class Child:
         return answer
 
 
-def _pipe(pipe: TextIO | None) -> TextIO:
+def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None  # both were asked for
     return pipe
 
@@ -203,6 +206,7 @@ def compare(path: str, tests: list[Test], arguments: argparse.Namespace) -> dict
     ]
     report: dict[str, Any] = {
         "file": path,
+        "machine": machine(),
         "threads": arguments.threads,
         "versions": {child.engine: child.version for child in children},
         "tests": {},
@@ -225,6 +229,12 @@ def compare(path: str, tests: list[Test], arguments: argparse.Namespace) -> dict
     for child in children:
         child.close()
     return report
+
+
+def machine() -> str:
+    """The processor's name, as Linux gives it."""
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def say(test: Test, rates: dict[str, list[float]], ratio: float) -> None:
