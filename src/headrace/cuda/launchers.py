@@ -45,6 +45,7 @@ PAGE_SIZE = 64
 SPLIT = 128
 """Positions of a split, at least."""
 ATTEND_WARPS = 4
+ATTEND_PREFETCH = True
 _PARTIAL_LIMIT = 48 << 10
 """Shared memory for the row sums of one pass, at most: more rows take more passes."""
 
@@ -298,6 +299,7 @@ def attend(
         "SPLIT": SPLIT,
         "MAX_SPLITS": most,
         "WARPS": ATTEND_WARPS,
+        "PREFETCH": ATTEND_PREFETCH,
     }
     visible = min(longest, (window or longest) + SPLIT)
     splits = min(most, -(-visible // SPLIT))

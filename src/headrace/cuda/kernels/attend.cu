@@ -10,7 +10,7 @@
 // grid and whoever else is in the step.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16; the cache pads it to one of 32), SCALE, WINDOW (0: none), SOFTCAP (0: none),
-// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, WARPS.
+// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, WARPS, PREFETCH.
 #include "activations.cuh"
 #include "kv_cache.cuh"
 
@@ -87,6 +87,13 @@ DEVICE void split_halves(float x, float y, u32& high, u32& low) {
   const u16 hx = float_to_half(x), hy = float_to_half(y);
   high = hx | (u32)hy << 16;
   low = float_to_half(x - half_to_float(hx)) | (u32)float_to_half(y - half_to_float(hy)) << 16;
+}
+
+// Brings the keys and values of 32 positions into L2 while the previous kernel still runs.
+DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
+  const u8* keys = (const u8*)cache.key(page, head, base);
+  for (int i = 64 * (threadIdx.x & 31); i < STEP * CACHE_DIM * 2; i += 64 * 32) prefetch_l2(keys + i);
+  for (int dim = threadIdx.x & 31; dim < CACHE_DIM; dim += 32) prefetch_l2(cache.value(page, head, dim) + base % PAGE_SIZE);
 }
 
 struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts), rows 8–15 lower parts
@@ -168,6 +175,10 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
   const Splits splits = splits_of(position);
   // A warp without positions of its own reads a page entry and no more.
   u64 page = a.cache.page(slot, min(first_base(splits, min((int)blockIdx.y, splits.count - 1), warp), position));
+  if (PREFETCH && blockIdx.y < splits.count) {
+    const int base = first_base(splits, blockIdx.y, warp);
+    if (base <= position) prefetch(a.cache, page, kv_head, base);
+  }
   dependency_wait();
   if (blockIdx.y >= splits.count) return;
 
