@@ -179,7 +179,8 @@ def test_extreme_codes_do_not_overflow():
         for qtype in UNPACKERS:
             case = Case(target, qtype, row_lengths(qtype)[1], 37)
             blocks = case.weights.reshape(-1, qtype.block_bytes)
-            blocks[:, _code_bytes(qtype)] = 0xFF
+            # Q8_0's codes are signed, and shifted by 128 to become unsigned.
+            blocks[:, _code_bytes(qtype)] = 0x7F if qtype is QuantType.Q8_0 else 0xFF
             x = np.where(np.arange(case.k) % 2, np.float32(-3), np.float32(3))
             x = np.stack([np.full(case.k, np.float32(3)), -np.full(case.k, np.float32(3)), x])
             case.x, case.records = quantised(x)
