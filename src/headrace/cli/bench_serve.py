@@ -51,6 +51,8 @@ def bench_serve(
     try:
         from headrace.serve import load
     except ImportError as error:
+        if (error.name or "").startswith("headrace"):
+            raise
         raise HeadraceError(
             f"bench-serve needs the extra 'serve' ({error.name} is missing): "
             "pip install 'headrace[serve]'"

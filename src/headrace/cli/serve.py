@@ -128,6 +128,8 @@ def serve(
     try:
         from headrace.serve.server import serve as run
     except ImportError as error:
+        if (error.name or "").startswith("headrace"):
+            raise
         raise HeadraceError(
             f"the server needs the extra 'serve' ({error.name} is missing): "
             "pip install 'headrace[serve]'"

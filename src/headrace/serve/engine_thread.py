@@ -64,7 +64,6 @@ class EngineThread:
         self._capacity = capacity
         self._model: Model | None = None
         self._outbox: deque[tuple[Stream, Event]] = deque()
-        self._streams: set[Stream] = set()
         self._works: deque[tuple[Work, asyncio.Future[Any]]] = deque()
         self._wake, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
@@ -114,7 +113,6 @@ class EngineThread:
             self._outbox.append((stream, event))
 
         stream.sequence = engine.add(request, sink)
-        self._streams.add(stream)
         self._wake.set()
 
     def cancel(self, stream: Stream) -> None:
@@ -132,18 +130,6 @@ class EngineThread:
         self._works.append((work, future))
         self._wake.set()
         return await future
-
-    async def drained(self, timeout: float) -> bool:
-        """Take nothing new; whether everything had ended within ``timeout`` seconds."""
-        self.state = "draining"
-        deadline = time.monotonic() + timeout
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        return not self.in_flight
-
-    def cancel_all(self) -> None:
-        for stream in list(self._streams):
-            self.cancel(stream)
 
     async def close(self) -> None:
         """Cancel everything, and release the model."""
@@ -229,7 +215,6 @@ class EngineThread:
                 continue
             stream.push(event)
             if stream.ended:
-                self._streams.discard(stream)
                 self.in_flight -= 1
                 self._metrics.observe_completion(event.sequence)
 
