@@ -1,5 +1,5 @@
 # Chores by one word. Run them in a virtual environment: pip install -e '.[dev]'
-.PHONY: test lint format types bench compare ci clean
+.PHONY: test lint format types bench compare figures ci clean
 
 test:
 	pytest
@@ -20,6 +20,19 @@ bench:
 
 compare:
 	python bench/vs_llama_cpp.py smollm2
+
+# README's figures, on a quiet machine. LLAMA_PYTHON: a Python that has llama-cpp-python.
+figures: llama-1b-Q4_K_M.gguf
+	mkdir -p bench/results
+	python bench/vs_llama_cpp.py smollm2 $< --json $(LLAMA_PYTHON:%=--llama-python %) >bench/results/compare.json
+	headrace bench smollm2 --json >bench/results/bench-smollm2.json
+	headrace bench $< --json >bench/results/bench-llama-1b.json
+	python bench/first_token.py smollm2 --json >bench/results/first-token.json
+	python bench/accuracy.py smollm2 gemma3:270m --json >bench/results/accuracy.json
+	python bench/figures.py
+
+llama-1b-Q4_K_M.gguf:
+	headrace synth llama-1b Q4_K_M -o $@
 
 ci:
 	.ci/run

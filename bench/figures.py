@@ -1,13 +1,9 @@
 """Writes the measured figures into README.md, from what the measuring programs printed.
 
-    python bench/vs_llama_cpp.py smollm2 llama-1b-Q4_K_M.gguf --json > bench/results/compare.json
-    headrace bench smollm2 --json > bench/results/bench-smollm2.json
-    headrace bench llama-1b-Q4_K_M.gguf --json > bench/results/bench-llama-1b.json
-    python bench/first_token.py smollm2 --json > bench/results/first-token.json
-    python bench/accuracy.py smollm2 gemma3:270m --json > bench/results/accuracy.json
-    python bench/figures.py
+    make figures
 
-Whatever has not been measured is left out, so the README holds no figure without its file.
+runs them all, then this. What has not been measured is left out, so the README holds no figure
+without its file in bench/results.
 """
 
 from __future__ import annotations
