@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
+import numpy as np
 import pytest
 import tiny_families
-from batches import one_sequence
+from batches import one_sequence, rows
 from tiny_families import CONFIGS, tiny_model, write_tiny
 
+from headrace.backend import PAGE_SIZE
 from headrace.cpu.runner import CPURunner
-from headrace.errors import DeviceError
+from headrace.errors import DeviceError, DeviceMemoryError
 from headrace.gguf.reader import open_gguf
 from headrace.gguf.types import QuantType
 from headrace.model import load_decoder
@@ -31,6 +34,42 @@ def runner(decoder):
     runner.allocate_cache(8)
     yield runner
     runner.close()
+
+
+@pytest.mark.parametrize(
+    ("batch", "complaint"),
+    [
+        (one_sequence([1 << 30]), "token"),
+        (one_sequence([-1]), "token"),
+        (rows([(1, 0, 0)], [None]), "slot"),
+        (rows([(-1, 0, 0)], [None]), "slot"),
+        (rows([(0, -1, 0)], [None]), "position"),
+        (rows([(0, PAGE_SIZE, 0)], [[0]]), "page"),
+        (one_sequence([0], pages=[8]), "page"),
+        (one_sequence([0], pages=[-1]), "page"),
+        (dataclasses.replace(one_sequence([0]), positions=np.array([64], np.int32)), "position"),
+    ],
+)
+def test_rows_outside_the_cache_or_vocabulary_are_refused(runner, batch, complaint):
+    with pytest.raises(DeviceError, match=complaint):
+        runner.step(batch)
+
+
+def test_a_cache_is_needed_first(decoder):
+    runner = CPURunner(decoder, 1)
+    for use in (
+        lambda: runner.step(one_sequence([0])),
+        lambda: runner.hidden(one_sequence([0])),
+        lambda: runner.copy_page(0, 0),
+    ):
+        with pytest.raises(DeviceError, match="allocate_cache"):
+            use()
+
+
+def test_copying_outside_the_cache_is_refused(runner):
+    for source, target in ((-1, 0), (0, 8)):
+        with pytest.raises(DeviceError, match="8 pages"):
+            runner.copy_page(source, target)
 
 
 def test_close_twice(runner):
@@ -58,6 +97,17 @@ def test_row_lengths_that_no_kernel_takes(monkeypatch, tmp_path, qtype, width):
     monkeypatch.setattr(tiny_families, "_MATRIX_TYPES", [qtype])
     with pytest.raises(DeviceError, match=rf"attn_q.weight: rows of {width} {qtype.name}"):
         CPURunner(tiny_decoder(tmp_path, "odd"))
+
+
+def test_a_cache_larger_than_memory_names_the_bytes(runner):
+    expected = runner.step(one_sequence([1, 2]))
+    for pages in (1 << 45, 10**19):
+        with pytest.raises(DeviceMemoryError, match=r"[\d,]{15,} bytes.* free"):
+            runner.allocate_cache(pages)
+        with pytest.raises(DeviceError, match="allocate_cache"):
+            runner.step(one_sequence([0]))
+    runner.allocate_cache(1)
+    assert (runner.step(one_sequence([1, 2])) == expected).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -107,14 +108,21 @@ def _cached_object(
     except OSError:
         pass
     code = emit_object(build(), target, exports)
-    try:
+    with suppress(OSError):  # a read-only cache costs compile time at the next start, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(_MAGIC + hashlib.sha256(code).digest() + code)
+        _write_atomically(path, _MAGIC + hashlib.sha256(code).digest() + code)
+    return code
+
+
+def _write_atomically(path: Path, contents: bytes) -> None:
+    file = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)  # noqa: SIM115
+    try:
+        with file:
+            file.write(contents)
         os.replace(file.name, path)
     except OSError:
-        pass  # a read-only cache costs compile time at the next start, nothing else
-    return code
+        Path(file.name).unlink(missing_ok=True)
+        raise
 
 
 class Library:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
+from headrace.checks import check_batch, check_copy, check_host_memory
 from headrace.cpu import isa, matmul
 from headrace.cpu.attention import SCORES, VALUES
 from headrace.cpu.compile import attention_library, step_library
@@ -20,7 +22,7 @@ from headrace.cpu.layout import (
 )
 from headrace.cpu.plan import Plan
 from headrace.cpu.team import Team, default_threads
-from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Embed, Head, Rope
@@ -74,17 +76,10 @@ class CPURunner:
         page = head_stride(c.head_dim) * PAGE_SIZE
         shape = (c.n_layers, n_pages, c.n_kv_heads, page)
         self._drop_cache()
-        try:
-            for name in ("keys", "values"):
-                # Zeros from the system: untouched pages take no memory.
-                self._share(name, np.zeros(shape, np.uint16))
-        except (MemoryError, ValueError) as error:
-            self._drop_cache()
-            wanted = 4 * int(np.prod(shape, dtype=object))
-            raise DeviceMemoryError(
-                f"the KV cache of {n_pages} pages needs {wanted:,} bytes of memory, more than can "
-                "be had: ask for a shorter context or fewer sequences"
-            ) from error
+        check_host_memory(n_pages, 2 * math.prod(shape) * np.dtype(np.uint16).itemsize)
+        for name in ("keys", "values"):
+            # Zeros from the system: untouched pages take no memory.
+            self._share(name, np.zeros(shape, np.uint16))
         self._context["n_pages"], self._context["page_halves"] = n_pages, page
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
@@ -103,6 +98,7 @@ class CPURunner:
         return hidden
 
     def copy_page(self, source: int, target: int) -> None:
+        check_copy(source, target, self._n_pages())
         for name in ("keys", "values"):
             self._arrays[name][:, target] = self._arrays[name][:, source]
 
@@ -123,8 +119,7 @@ class CPURunner:
         hidden: NDArray[np.float32] | None,
     ) -> None:
         """Rows in passes of MAX_ROWS, each pass's wanted rows straight into the result."""
-        if "values" not in self._arrays:
-            raise DeviceError("step: no KV cache; call allocate_cache first")
+        check_batch(batch, self.decoder.config.n_vocab, self._n_pages())
         self._fit_page_table(batch.page_table.shape[1])
         done = 0
         for start in range(0, len(batch.tokens), MAX_ROWS):
@@ -187,6 +182,11 @@ class CPURunner:
         x = self._plan.buffers.x.reshape(-1, d)[rows]
         scale = 1 / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + self._head.norm.eps)
         return np.asarray(x * scale * weight, np.float32)
+
+    def _n_pages(self) -> int:
+        if "values" not in self._arrays:
+            raise DeviceError("no KV cache: call allocate_cache before the first step")
+        return int(self._context["n_pages"][0])
 
     # Set-up
 

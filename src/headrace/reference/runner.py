@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
-from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.checks import check_batch, check_copy, check_host_memory
+from headrace.errors import DeviceError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Attend,
@@ -72,20 +72,12 @@ class ReferenceRunner:
         c = self.decoder.config
         shape = (c.n_layers, 2, n_pages, PAGE_SIZE, c.n_kv_heads, c.head_dim)
         self._cache = None
-        wanted = math.prod(shape) * self._dtype.itemsize
-        free = _free_bytes()
-        if free is not None and wanted > free:
-            raise DeviceMemoryError(
-                f"KV cache of {n_pages:,} pages: {wanted:,} bytes wanted, {free:,} free; "
-                "ask for a shorter context"
-            )
+        check_host_memory(n_pages, math.prod(shape) * self._dtype.itemsize)
         self._cache = np.zeros(shape, self._dtype)
 
     def copy_page(self, source: int, target: int) -> None:
         cache = self._allocated()
-        n_pages = cache.shape[2]
-        if not (0 <= source < n_pages and 0 <= target < n_pages):
-            raise DeviceError(f"copy_page {source} -> {target}: the cache has {n_pages} pages")
+        check_copy(source, target, cache.shape[2])
         cache[:, :, target] = cache[:, :, source]
 
     def step(self, batch: Batch) -> Array:
@@ -98,7 +90,7 @@ class ReferenceRunner:
         return logits
 
     def hidden(self, batch: Batch) -> Array:
-        self._check(batch)
+        check_batch(batch, self.decoder.config.n_vocab, self._allocated().shape[2])
         x = np.empty(0, self._dtype)  # the residual stream [T, d]
         y = x  # what the last half-operation hands to the next
         for op in self.decoder.operations:
@@ -197,31 +189,3 @@ class ReferenceRunner:
         if self._cache is None:
             raise DeviceError("no KV cache: call allocate_cache before the first step")
         return self._cache
-
-    def _check(self, batch: Batch) -> None:
-        """NumPy would read index -1 as the last: refuse rows outside the vocabulary or cache."""
-        n_vocab, n_pages = self.decoder.config.n_vocab, self._allocated().shape[2]
-        if not len(batch.tokens) == len(batch.positions) == len(batch.slots) > 0:
-            raise DeviceError("step: tokens, positions and slots must have one length, above 0")
-        if batch.tokens.min() < 0 or batch.tokens.max() >= n_vocab:
-            raise DeviceError(f"step: token ids must be in 0 … {n_vocab - 1}")
-        n_slots, max_pages = batch.page_table.shape
-        page_index = batch.positions // PAGE_SIZE
-        if batch.slots.min() < 0 or batch.slots.max() >= n_slots:
-            raise DeviceError(f"step: slots must be in 0 … {n_slots - 1}")
-        if page_index.min() < 0 or page_index.max() >= max_pages:
-            raise DeviceError(f"step: positions must be in 0 … {max_pages * PAGE_SIZE - 1}")
-        for slot in np.unique(batch.slots):
-            used = batch.page_table[slot, : page_index[batch.slots == slot].max() + 1]
-            if used.min() < 0 or used.max() >= n_pages:
-                raise DeviceError(f"step: slot {slot} uses a page outside 0 … {n_pages - 1}")
-
-
-def _free_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((n * 1024 for n in kib), None)

@@ -1,0 +1,57 @@
+"""What every backend refuses before it touches memory: indices are trusted nowhere below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from headrace.backend import PAGE_SIZE, Batch
+from headrace.errors import DeviceError, DeviceMemoryError
+
+
+def check_batch(batch: Batch, n_vocab: int, n_pages: int) -> None:
+    """DeviceError for rows outside the vocabulary, their page table or the cache."""
+    n_rows = len(batch.tokens)
+    if not n_rows == len(batch.positions) == len(batch.slots) > 0:
+        raise DeviceError("step: tokens, positions and slots must have one length, above 0")
+    if batch.tokens.min() < 0 or batch.tokens.max() >= n_vocab:
+        raise DeviceError(f"step: token ids must be in 0 … {n_vocab - 1}")
+    n_slots, max_pages = batch.page_table.shape
+    page_index = batch.positions // PAGE_SIZE
+    if batch.slots.min() < 0 or batch.slots.max() >= n_slots:
+        raise DeviceError(f"step: slots must be in 0 … {n_slots - 1}")
+    if page_index.min() < 0 or page_index.max() >= max_pages:
+        raise DeviceError(f"step: positions must be in 0 … {max_pages * PAGE_SIZE - 1}")
+    wanted = batch.logit_rows
+    if len(wanted) and (wanted.min() < 0 or wanted.max() >= n_rows):
+        raise DeviceError(f"step: logit_rows must be in 0 … {n_rows - 1}")
+    for slot in np.unique(batch.slots):
+        used = batch.page_table[slot, : page_index[batch.slots == slot].max() + 1]
+        if used.min() < 0 or used.max() >= n_pages:
+            raise DeviceError(f"step: slot {slot} uses a page outside 0 … {n_pages - 1}")
+
+
+def check_copy(source: int, target: int, n_pages: int) -> None:
+    if not (0 <= source < n_pages and 0 <= target < n_pages):
+        raise DeviceError(f"copy_page {source} -> {target}: the cache has {n_pages} pages")
+
+
+def check_host_memory(n_pages: int, wanted: int) -> None:
+    """DeviceMemoryError if a KV cache of ``wanted`` bytes cannot be had without swapping."""
+    free = _free_bytes()
+    if free is not None and wanted > free:
+        raise DeviceMemoryError(
+            f"KV cache of {n_pages:,} pages: {wanted:,} bytes wanted, {free:,} free; "
+            "ask for a shorter context or fewer sequences"
+        )
+
+
+def _free_bytes() -> int | None:
+    """Host memory that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((n * 1024 for n in kib), None)
