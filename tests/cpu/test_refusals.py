@@ -128,3 +128,21 @@ def test_a_forked_child_is_told(decoder, threads):
     assert os.waitpid(child, 0)[1] == 0
     assert (runner.step(one_sequence([4], 3)) == expected).all()
     runner.close()
+
+
+@pytest.mark.parametrize("after_start", [False, True])
+def test_an_interrupt_between_start_and_part_leaves_nobody_waiting(
+    runner, monkeypatch, after_start
+):
+    """Ctrl-C may come at any bytecode: before the members were all woken, or before member 0 ran."""
+    expected = runner.step(one_sequence([1, 2]))
+
+    def interrupt(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    target = (runner, "_take_part") if after_start else (runner._team, "wake")
+    monkeypatch.setattr(*target, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.step(one_sequence([1, 2]))
+    assert (runner.step(one_sequence([1, 2])) == expected).all()

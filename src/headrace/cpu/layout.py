@@ -70,7 +70,9 @@ CONTEXT = np.dtype(
             *("n_rows", "n_logit_rows", "first", "last", "n_blocks"),
             *("positions", "pages", "max_pages", "logit_rows", "all_rows", "blocks"),
             # Work counters, zero when a step starts; scratch of each member; attention kernels.
-            *("counters", "scratch", "scratch_bytes", "scores_kernel", "values_kernel", "closing"),
+            *("counters", "scratch", "scratch_bytes", "scores_kernel", "values_kernel"),
+            # Set to end the team; the last step member 0 has finished.
+            *("closing", "finished"),
         )
     ]
 )

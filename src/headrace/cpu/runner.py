@@ -172,8 +172,15 @@ class CPURunner:
         self._context["first"], self._context["last"] = first, last
         self._arrays["counters"][:] = 0
         team = self._started_team()
-        team.start_step()
-        self._take_part(0, team.n_threads, team.shared, 0, self._context.ctypes.data)
+        try:
+            team.start_step()
+            self._take_part(0, team.n_threads, team.shared, 0, self._context.ctypes.data)
+        except BaseException:
+            # Ctrl-C between the two: the members have begun and wait for this thread.
+            if team.ticket() != self._context["finished"]:
+                team.wake()
+                self._take_part(0, team.n_threads, team.shared, 0, self._context.ctypes.data)
+            raise
 
     def _normed(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """The final norm of rows of the residual stream."""

@@ -12,7 +12,7 @@ import numba as nb
 
 from headrace.backend import PAGE_SIZE
 from headrace.cpu.attend import attend_block
-from headrace.cpu.intrinsics import atomic_add, call4, floats, prefetch, view
+from headrace.cpu.intrinsics import atomic_add, atomic_load, call4, floats, prefetch, view
 from headrace.cpu.layout import (
     ATTEND,
     CONTEXT,
@@ -23,6 +23,7 @@ from headrace.cpu.layout import (
     OPERATION,
     PROJECT_OUT,
     PROJECT_QKV,
+    TICKET,
 )
 from headrace.cpu.matmul import GROUP_RECORD
 from headrace.cpu.ops import (
@@ -302,6 +303,7 @@ def take_part(member, n_threads, shared, ticket, context):
     c = view(context, 1, CONTEXT)[0]
     if member == 0:
         _run(c, member, n_threads, shared)
+        c.finished = atomic_load(shared + TICKET)
         return ticket
     while True:
         newest = await_ticket(shared, ticket)

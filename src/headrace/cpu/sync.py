@@ -6,8 +6,8 @@ from headrace.cpu.intrinsics import atomic_add, atomic_exchange, atomic_load, pa
 from headrace.cpu.layout import ARRIVED, GENERATION, TICKET
 from headrace.cpu.ops import compiled
 
-_SPINS_BEFORE_YIELD = 2_000
-_SPINS_BEFORE_SLEEP = 40_000
+_SPINS_BEFORE_YIELD = 500
+_SPINS_BEFORE_SLEEP = 5_000
 
 
 @compiled

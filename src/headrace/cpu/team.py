@@ -59,6 +59,14 @@ class Team:
                 "load the model in the child, or start the child with 'spawn'"
             )
         self._add(self.shared + TICKET, 1)
+        self.wake()
+
+    def ticket(self) -> int:
+        """How many steps have been started."""
+        return self._add(self.shared + TICKET, 0)
+
+    def wake(self) -> None:
+        """Wake the members that sleep."""
         for member in range(1, self.n_threads):
             if self._exchange(self.shared + parked(member), 0):
                 self._wake[member].release()
@@ -81,6 +89,5 @@ class Team:
             self._exchange(self.shared + parked(member), 1)
             # Whoever takes the flag down owns the wake-up: a step that began just now either left
             # it for us, or took it and is about to release the semaphore.
-            newest = self._add(self.shared + TICKET, 0)
-            if newest == last or not self._exchange(self.shared + parked(member), 0):
+            if self.ticket() == last or not self._exchange(self.shared + parked(member), 0):
                 self._wake[member].acquire()
