@@ -131,10 +131,8 @@ def test_a_forked_child_is_told(decoder, threads):
 
 
 @pytest.mark.parametrize("after_start", [False, True])
-def test_an_interrupt_between_start_and_part_leaves_nobody_waiting(
-    runner, monkeypatch, after_start
-):
-    """Ctrl-C may come at any bytecode: before the members were all woken, or before member 0 ran."""
+def test_an_interrupt_as_a_step_starts_leaves_nobody_waiting(runner, monkeypatch, after_start):
+    """Ctrl-C may come at any bytecode: before all members are woken, before member 0 runs."""
     expected = runner.step(one_sequence([1, 2]))
 
     def interrupt(*_):
