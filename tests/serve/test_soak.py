@@ -22,7 +22,18 @@ ALLOWED_GROWTH = 32 << 20
 
 
 def test_a_full_queue_with_random_disconnects(start: Callable[..., Server]) -> None:
-    server = start("--max-sequences", "8", "--max-waiting", "8", "--log-level", "warning")
+    server = start(
+        *(
+            "--context",
+            "1024",
+            "--cache-tokens",
+            "4096",
+            "--max-sequences",
+            "8",
+            "--max-waiting",
+            "8",
+        )
+    )
     statuses: Counter[int] = Counter()
     deadline = time.monotonic() + SECONDS
     failures: list[BaseException] = []
@@ -36,15 +47,11 @@ def test_a_full_queue_with_random_disconnects(start: Callable[..., Server]) -> N
         except BaseException as error:
             failures.append(error)
 
-    warm_up = random.Random(0)
-    with httpx.Client(base_url=server.url, timeout=60) as http:
-        for _ in range(150):
-            one_request(server, http, warm_up)
-    server.check_pages()
-    before = server.resident_bytes()
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(CLIENTS)]
     for thread in threads:
         thread.start()
+    time.sleep(SECONDS / 2)  # until every page has been touched and every buffer has its size
+    before = server.resident_bytes()
     for thread in threads:
         thread.join()
     assert not failures
@@ -53,7 +60,9 @@ def test_a_full_queue_with_random_disconnects(start: Callable[..., Server]) -> N
     assert statuses[429] > 0  # the queue was full
     server.check_pages()
     growth = server.resident_bytes() - before
-    print(f"{dict(statuses)} in {SECONDS:g} s; memory grew by {growth / 1e6:.1f} MB")
+    print(
+        f"{dict(statuses)} in {SECONDS:g} s; memory grew by {growth / 1e6:.1f} MB in the 2nd half"
+    )
     assert growth < ALLOWED_GROWTH
     assert server.complete(prompt="still here", max_tokens=1).status_code == 200
 
@@ -62,7 +71,7 @@ def one_request(server: Server, http: httpx.Client, rng: random.Random) -> int:
     """Ask something; the status, or 0 when it was left before its answer."""
     body = {
         "prompt": [rng.randrange(300, 500) for _ in range(rng.choice((1, 30, 200)))],
-        "max_tokens": rng.choice((1, 20, 200)),
+        "max_tokens": rng.choice((1, 8, 60)),
         "stream": rng.random() < 0.7,
         "n": rng.choice((1, 1, 1, 3)),
         "seed": rng.randrange(100),

@@ -32,7 +32,9 @@ class Server:
         self.log = log
         command = [sys.executable, *program, *arguments, "--port", "0"]
         with log.open("w") as sink:
-            self.process = subprocess.Popen(command, stderr=sink, env=env)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=sink, env=env
+            )
         self.url = self._await(lambda: re.search(r'"url": "([^"]+)"', log.read_text()))[1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, timeout=60)
