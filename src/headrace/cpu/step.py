@@ -56,9 +56,9 @@ def _total_tiles(c, op):
 
 @compiled
 def _tiles_at_a_time(total, n_threads):
-    """Tiles a member takes at once: at least 16 if there are, so that most are prefetched by the
-    tile before; an equal share of few."""
-    turns = max(1, total // (16 * n_threads))
+    """Tiles a member takes at once: long runs, since each tile is prefetched by the one before;
+    an equal share of a few hundred."""
+    turns = max(1, total // (256 * n_threads))
     return (total + turns * n_threads - 1) // (turns * n_threads)
 
 
