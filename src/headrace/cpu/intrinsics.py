@@ -10,6 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from headrace.cpu.clock import emit_read
+
 _i64 = ir.IntType(64)
 
 
@@ -94,6 +96,16 @@ def pause(typing_context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def cycle_count(typing_context: Any) -> Any:
+    """The processor's cycle clock (``clock.py``)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit_read(builder)
+
+    return types.int64(), codegen
 
 
 @intrinsic

@@ -73,6 +73,8 @@ CONTEXT = np.dtype(
             *("counters", "scratch", "scratch_bytes", "scores_kernel", "values_kernel"),
             # Set to end the team; the last step member 0 has finished.
             *("closing", "finished"),
+            # Time stamps [n_threads, n_stamps, 2] when a step is timed, else 0: see step.py.
+            *("stamps", "n_stamps"),
         )
     ]
 )

@@ -12,7 +12,15 @@ import numba as nb
 
 from headrace.backend import PAGE_SIZE
 from headrace.cpu.attend import attend_block
-from headrace.cpu.intrinsics import atomic_add, atomic_load, call4, floats, prefetch, view
+from headrace.cpu.intrinsics import (
+    atomic_add,
+    atomic_load,
+    call4,
+    cycle_count,
+    floats,
+    prefetch,
+    view,
+)
 from headrace.cpu.layout import (
     ATTEND,
     CONTEXT,
@@ -257,19 +265,44 @@ def _attend(c, op, n_rows, n_threads, counter, scratch):
 
 
 @compiled
+def _stamp(stamps, phase, before):
+    """Note that this member ended its share of ``phase`` at ``before``, and went on now."""
+    pair = view(stamps + 16 * phase, 2, nb.int64)
+    pair[0], pair[1] = before, cycle_count()
+
+
+@compiled
+def _end_phase(shared, n_threads, stamps, phase):
+    """Wait for the others; returns the number of the next phase. ``stamps``: 0 for none."""
+    before = cycle_count() if stamps else 0
+    barrier(shared, n_threads)
+    if stamps:
+        _stamp(stamps, phase, before)
+    return phase + 1
+
+
+@compiled
 def _run(c, member, n_threads, shared):
-    """Operations first … last - 1 over the rows in ``c.x``."""
+    """Operations first … last - 1 over the rows in ``c.x``.
+
+    The phases are numbered from 1 in the order they run: ``instrument.phases`` names them.
+    """
     n_rows, n_logits = c.n_rows, c.n_logit_rows
     scratch = c.scratch + member * c.scratch_bytes
     operations = view(c.operations, c.last, OPERATION)
     all_rows = view(c.all_rows, n_rows, nb.int32)
     logit_rows = view(c.logit_rows, n_logits, nb.int32)
+    # Read once: when member 0 has left the last barrier, the host may end the timing.
+    stamps = c.stamps + 16 * member * c.n_stamps if c.stamps else 0
+    if stamps:
+        _stamp(stamps, 0, cycle_count())
+    phase = 1
     for o in range(c.first, c.last):
         op = operations[o]
         counter = c.counters + o * COUNTER_BYTES
         if op.kind == ATTEND:
             _attend(c, op, n_rows, n_threads, counter, scratch)
-            barrier(shared, n_threads)
+            phase = _end_phase(shared, n_threads, stamps, phase)
             continue
         rows = n_logits if op.kind == HEAD else n_rows
         if op.kind == PROJECT_QKV or op.kind == FEED_FORWARD_IN:
@@ -282,15 +315,15 @@ def _run(c, member, n_threads, shared):
             _activate_and_quantise(c, op, rows, member, n_threads)
         _place_biases(c, op, rows, member, n_threads)
         _prefetch_first_tile(c, op, member, n_threads)
-        barrier(shared, n_threads)
+        phase = _end_phase(shared, n_threads, stamps, phase)
         _run_matmuls(c, op, member, n_threads, counter, scratch)
-        barrier(shared, n_threads)
+        phase = _end_phase(shared, n_threads, stamps, phase)
         if op.kind == PROJECT_QKV:
             _rotate_and_store(c, op, rows, member, n_threads)
-            barrier(shared, n_threads)
+            phase = _end_phase(shared, n_threads, stamps, phase)
         elif op.post_norm:
             _add_normed(c, op, rows, member, n_threads)
-            barrier(shared, n_threads)
+            phase = _end_phase(shared, n_threads, stamps, phase)
 
 
 @compiled
