@@ -37,14 +37,17 @@ def check_copy(source: int, target: int, n_pages: int) -> None:
         raise DeviceError(f"copy_page {source} -> {target}: the cache has {n_pages} pages")
 
 
-def check_host_memory(n_pages: int, wanted: int) -> None:
-    """DeviceMemoryError if a KV cache of ``wanted`` bytes cannot be had without swapping."""
+def check_host_memory(purpose: str, wanted: int, advice: str) -> None:
+    """DeviceMemoryError if ``wanted`` bytes cannot be had without swapping."""
     free = _free_bytes()
     if free is not None and wanted > free:
-        raise DeviceMemoryError(
-            f"KV cache of {n_pages:,} pages: {wanted:,} bytes wanted, {free:,} free; "
-            "ask for a shorter context or fewer sequences"
-        )
+        raise DeviceMemoryError(f"{purpose}: {wanted:,} bytes wanted, {free:,} free; {advice}")
+
+
+def check_cache_memory(n_pages: int, wanted: int) -> None:
+    """:func:`check_host_memory` for a KV cache."""
+    advice = "ask for a shorter context or fewer sequences"
+    check_host_memory(f"KV cache of {n_pages:,} pages", wanted, advice)
 
 
 def _free_bytes() -> int | None:

@@ -13,6 +13,7 @@ import pytest
 
 from headrace.cpu import isa, matmul
 from headrace.cpu.compile import matmul_library
+from headrace.cpu.tiles import interleaved
 from headrace.cpu.unpack import UNPACKERS
 from headrace.gguf.quants import dequantize
 from headrace.gguf.random_blocks import random_weights
@@ -77,7 +78,8 @@ class Case:
         ``place`` puts an input where it wants it.
         """
         tiles = tiles if tiles is not None else range(self.n_tiles)
-        weights, x, records = place(self.weights), place(self.x[rows]), self.records
+        tiles_ = interleaved(self.weights, self.qtype, self.target.lanes)
+        weights, x, records = place(tiles_), place(self.x[rows]), self.records
         if self.qtype in UNPACKERS:
             records = place(self.records[rows])
         t, stride = len(x), self.n + 5

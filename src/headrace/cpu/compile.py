@@ -186,3 +186,15 @@ def step_library() -> Library:
         return ahead_of_time.step_assembly()
 
     return Library("step", host_target(), ["take_part"], build)
+
+
+@cache
+def interleave_library() -> Library:
+    """``interleave`` of ``interleave.py``; Numba as for the step."""
+
+    def build() -> str:
+        from headrace.cpu import ahead_of_time
+
+        return ahead_of_time.interleave_assembly()
+
+    return Library("interleave", host_target(), ["interleave"], build)

@@ -1,9 +1,9 @@
 """A small vocabulary over llvmlite's IR builder for the matmul kernels.
 
 A kernel works on a *tile*: ``lanes`` consecutive rows of a weight matrix, one row to a vector lane
-(16 with AVX-512, 8 with AVX2, 4 elsewhere). Packed bytes are loaded 16 at a time from each row and
-transposed, so that a vector holds the same four bytes of every row: the integer dot product then
-needs no horizontal sum, and decode and prefill add up in the same order, bit for bit.
+(16 with AVX-512, 8 with AVX2, 4 elsewhere). The rows lie interleaved (``tiles.py``), so that a
+vector load brings the same four bytes of every row: the integer dot product then needs no
+horizontal sum, and decode and prefill add up in the same order, bit for bit.
 """
 
 from __future__ import annotations
@@ -73,59 +73,17 @@ class Tile:
     def shuffle(self, a: Value, c: Value, mask: Sequence[int]) -> Value:
         return self.b.shuffle_vector(a, c, ir.Constant(self.vec(i32, len(mask)), list(mask)))
 
-    def dwords(self, rows: Sequence[Value], offset: int) -> list[Value]:
-        """16 bytes at ``offset`` of each row -> four ``i32`` vectors; the j-th holds dword j."""
-        loaded = [self.load(self.at(row, offset), self.vec(i32, 4)) for row in rows]
-        # Rows r, r+4, r+8, r+12 side by side: the transposes leave the rows in order.
-        return self._transpose([self._join(loaded[r::4]) for r in range(4)])
+    def dword(self, block: Value, offset: int) -> Value:
+        """The four bytes at ``offset`` of every row's block, from an interleaved ``block``."""
+        return self.load(self.at(block, self.lanes * offset), self.vec(i32))
 
-    def dwords8(self, rows: Sequence[Value], offset: int) -> list[Value]:
-        """32 bytes at ``offset`` of each row -> eight ``i32`` vectors, with fewer instructions."""
-        if self.lanes < 8:
-            return self.dwords(rows, offset) + self.dwords(rows, offset + 16)
-        loaded = [self.load(self.at(row, offset), self.vec(i32, 8)) for row in rows]
-        half = self.lanes // 2
-        first, second = (
-            self._transpose([self._join(loaded[start + r : start + half : 4]) for r in range(4)])
-            for start in (0, half)
-        )
-        quads = range(self.lanes // 4)
-        return [
-            # Even 128-bit lanes hold dword j of every row, odd ones dword j + 4.
-            self.shuffle(a, c, [4 * q + e for q in (*quads, *(len(quads) + q for q in quads))
-                                if q % 2 == odd for e in range(4)])
-            for odd in (0, 1)
-            for a, c in zip(first, second, strict=True)
-        ]  # fmt: skip
+    def dwords(self, block: Value, offset: int, n: int) -> list[Value]:
+        """``n`` of them, one after the other."""
+        return [self.dword(block, offset + 4 * j) for j in range(n)]
 
-    def _join(self, parts: Sequence[Value]) -> Value:
-        """Vectors side by side as one; a power of two of them."""
-        while len(parts) > 1:
-            n = parts[0].type.count
-            parts = [
-                self.shuffle(a, c, range(2 * n))
-                for a, c in zip(parts[::2], parts[1::2], strict=True)
-            ]
-        return parts[0]
-
-    def _transpose(self, v: Sequence[Value]) -> list[Value]:
-        """4×4 transposes of dwords, one inside each 128-bit lane of the four vectors."""
-        n = self.lanes
-
-        def interleave(a: Value, c: Value, picks: Sequence[int]) -> Value:
-            """In each 128-bit lane, elements ``picks`` of the pair (a: 0–3, c: 4–7)."""
-            return self.shuffle(
-                a, c, [4 * q + p % 4 + (n if p > 3 else 0) for q in range(n // 4) for p in picks]
-            )
-
-        low01, high01 = (interleave(v[0], v[1], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        low23, high23 = (interleave(v[2], v[3], p) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        return [
-            interleave(low01, low23, (0, 1, 4, 5)),
-            interleave(low01, low23, (2, 3, 6, 7)),
-            interleave(high01, high23, (0, 1, 4, 5)),
-            interleave(high01, high23, (2, 3, 6, 7)),
-        ]
+    def halves(self, block: Value, offset: int) -> Value:
+        """The half-precision number at ``offset`` of every row's block, as ``f32``."""
+        return self.load_halves(self.at(block, self.lanes * offset))
 
     # Arithmetic
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from llvmlite import binding as llvm
 from llvmlite import ir
@@ -11,46 +12,58 @@ from llvmlite import ir
 from headrace.cpu.ir import Tile, Value, declare, i16, i32
 from headrace.errors import DeviceError
 
-Dot = Callable[[Tile, Value, Value, Value, int], Value]
-"""(tile, sums, weights, activations, largest weight) -> sums + Σ of four byte products a lane.
+Vectors = Sequence[Value]
+Dot = Callable[[Tile, Vectors, Vectors, int], Value]
+"""(tile, weights, activations, largest weight) -> Σ of the byte products of each lane.
 
-Weights are unsigned bytes, activations signed bytes within ±127; both are ``i32`` vectors.
+Weights are unsigned bytes, activations signed bytes within ±127; both are ``i32`` vectors, as many
+of one as of the other.
 """
 
 
-def _dot_vnni(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
+def _dot_vnni(tile: Tile, weights: Vectors, x: Vectors, largest: int) -> Value:
     kind = tile.vec(i32)
     name = f"llvm.x86.avx512.vpdpbusd.{32 * tile.lanes}"
     fn = declare(tile.b.module, name, ir.FunctionType(kind, [kind] * 3))
-    return tile.b.call(fn, [sums, weights, x])
+    sums = tile.ints(0)
+    for w, v in zip(weights, x, strict=True):
+        sums = tile.b.call(fn, [sums, w, v])
+    return sums
 
 
-def _dot_avx2(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
+def _dot_avx2(tile: Tile, weights: Vectors, x: Vectors, largest: int) -> Value:
     b, shorts = tile.b, tile.vec(i16, 2 * tile.lanes)
     madd = declare(b.module, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(tile.vec(i32), [shorts] * 2))
 
     def madd_words(a: Value, c: Value) -> Value:
         return b.call(madd, [b.bitcast(a, shorts), b.bitcast(c, shorts)])
 
-    if 2 * largest * 127 < 2**15:
-        bytes_ = tile.vec(ir.IntType(8), 4 * tile.lanes)
-        maddubs = declare(
-            b.module, "llvm.x86.avx2.pmadd.ub.sw", ir.FunctionType(shorts, [bytes_] * 2)
-        )
-        pairs = b.call(maddubs, [b.bitcast(weights, bytes_), b.bitcast(x, bytes_)])
-        return b.add(sums, madd_words(pairs, tile.ints(0x00010001)))
-    # Two products of full bytes overflow 16 bits: take even and odd bytes apart.
-    eight = ir.Constant(shorts, [8] * 2 * tile.lanes)
-    x = b.bitcast(x, shorts)
-    even = madd_words(tile.mask(weights, 0x00FF00FF), b.ashr(b.shl(x, eight), eight))
-    odd = madd_words(tile.mask(tile.shr(weights, 8), 0x00FF00FF), b.ashr(x, eight))
-    return b.add(sums, b.add(even, odd))
+    fit = (2**15 - 1) // (2 * largest * 127)  # sums of two products that 16 bits hold
+    if not fit:  # take even and odd bytes apart
+        eight = ir.Constant(shorts, [8] * 2 * tile.lanes)
+        parts = []
+        for w, v in zip(weights, x, strict=True):
+            v = b.bitcast(v, shorts)
+            even = madd_words(tile.mask(w, 0x00FF00FF), b.ashr(b.shl(v, eight), eight))
+            odd = madd_words(tile.mask(tile.shr(w, 8), 0x00FF00FF), b.ashr(v, eight))
+            parts.append(b.add(even, odd))
+        return reduce(b.add, parts)
+    bytes_ = tile.vec(ir.IntType(8), 4 * tile.lanes)
+    maddubs = declare(b.module, "llvm.x86.avx2.pmadd.ub.sw", ir.FunctionType(shorts, [bytes_] * 2))
+    pairs = [
+        b.call(maddubs, [b.bitcast(w, bytes_), b.bitcast(v, bytes_)])
+        for w, v in zip(weights, x, strict=True)
+    ]
+    words = [reduce(b.add, pairs[i : i + fit]) for i in range(0, len(pairs), fit)]
+    return reduce(b.add, [madd_words(word, tile.ints(0x00010001)) for word in words])
 
 
-def _dot_portable(tile: Tile, sums: Value, weights: Value, x: Value, largest: int) -> Value:
-    for byte in range(4):
-        w = tile.mask(tile.shr(weights, 8 * byte), 0xFF)
-        sums = tile.b.add(sums, tile.b.mul(w, tile.signed_byte(x, byte)))
+def _dot_portable(tile: Tile, weights: Vectors, x: Vectors, largest: int) -> Value:
+    sums = tile.ints(0)
+    for w, v in zip(weights, x, strict=True):
+        for byte in range(4):
+            weight = tile.mask(tile.shr(w, 8 * byte), 0xFF)
+            sums = tile.b.add(sums, tile.b.mul(weight, tile.signed_byte(v, byte)))
     return sums
 
 

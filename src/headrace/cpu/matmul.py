@@ -18,6 +18,7 @@ from llvmlite import ir
 
 from headrace.cpu.ir import Value, f32, i32, i64
 from headrace.cpu.isa import InstructionSet
+from headrace.cpu.tiles import PLAIN_BLOCK, block_bytes
 from headrace.cpu.unpack import UNPACKERS, Group, Unpacker
 from headrace.gguf.types import QuantType
 
@@ -37,7 +38,7 @@ GROUP_RECORD = np.dtype(
 ARGUMENTS = ("weights", "n", "x", "records", "t", "y", "y_stride", "accumulate")
 """The int64 fields of a kernel's argument array; addresses and strides in bytes.
 
-weights: packed [n, k], with a tile of rows readable before them if n is less than a tile;
+weights: packed [n, k] in tiles (``tiles.py``);
 x: int8 [t, k] (float32 for float weights); records: [t, k/16]; y: float32 with row stride
 ``y_stride``; accumulate: 1 to add to y.
 """
@@ -50,6 +51,9 @@ _FIELD = {"scale": 0, "sum": 4, "pair_sum": 8}
 
 _BATCH = 256
 """Weights of a row unpacked at a time when several activation rows share them."""
+
+_AHEAD = 4096
+"""Bytes of weights asked for before they are needed."""
 
 _WIDTHS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (4, 2, 1)}
 """Activation rows that pass together, by lanes: as many as their sums fit in registers."""
@@ -95,59 +99,59 @@ class _Kernel:
             wanted = b.mul(index, _const(self.isa.lanes))
             last_start = b.sub(self.n, _const(self.isa.lanes))
             first_row = b.select(b.icmp_signed("<", wanted, last_start), wanted, last_start)
-            start = b.add(self.weights, b.mul(first_row, _const(self.row_bytes)))
-            rows = [self.tile.at(start, lane * self.row_bytes) for lane in range(self.isa.lanes)]
+            start = b.add(self.weights, b.mul(wanted, _const(self.row_bytes)))
             single = b.icmp_signed("==", self.t, _const(1))
             with b.if_else(single) as (one, many):
                 with one:
                     if float_weights:
-                        self._float_pass(rows, _const(0), 1)
+                        self._float_pass(start, _const(0), 1)
                     else:
-                        self._one_row(rows, UNPACKERS[self.qtype])
+                        self._one_row(start, UNPACKERS[self.qtype])
                 with many:
                     if float_weights:
-                        self._by_width(_const(0), lambda t0, w: self._float_pass(rows, t0, w))
+                        self._by_width(_const(0), lambda t0, w: self._float_pass(start, t0, w))
                     else:
-                        self._many_rows(rows, UNPACKERS[self.qtype])
+                        self._many_rows(start, UNPACKERS[self.qtype])
             self._store_tile(wanted, first_row)
         b.ret_void()
 
     # One activation row
 
-    def _one_row(self, rows: Sequence[Value], unpacker: Unpacker) -> None:
+    def _one_row(self, weights: Value, unpacker: Unpacker) -> None:
         b, tile = self.b, self.tile
         total = tile.variable(tile.vec(f32), tile.floats(0.0))
         block = self.qtype.block_size
-        next_tile = tile.at(rows[0], self.isa.lanes * self.row_bytes)
         with tile.loop(_const(0), _const(self.k // block)) as i:
-            here = b.mul(i, _const(self.qtype.block_bytes))
-            lines = self._prefetches(b.add(next_tile, b.mul(here, _const(self.isa.lanes))))
             start = b.mul(i, _const(block))
             x = b.add(self.x, start)
             records = b.add(self.records, start)  # 16 bytes for 16 activations
-            for j, group in enumerate(unpacker.unpack(tile, self._at_block(rows, here))):
-                at = unpacker.start(j)
+            here = self._block(weights, i)
+            lines = self._prefetches(here, block // unpacker.group)
+            for j, group in enumerate(unpacker.unpack(tile, here)):
+                at = j * unpacker.group
+                next(lines)
                 value = self._add_group(
                     unpacker, b.load(total), group, tile.at(x, at), tile.at(records, at)
                 )
                 b.store(value, total)
-                next(lines)
         tile.store(b.load(total), self.totals, 4)
 
-    def _at_block(self, rows: Sequence[Value], offset: Value) -> list[Value]:
-        """Each row's address plus ``offset``, as one register and constants."""
-        start = self.b.add(rows[0], offset)
-        return [self.tile.at(start, lane * self.row_bytes) for lane in range(len(rows))]
+    def _prefetches(self, block: Value, groups: int) -> Iterator[None]:
+        """Ask for what lies ``_AHEAD`` after this block, a part each time the iterator is advanced.
 
-    def _prefetches(self, start: Value) -> Iterator[None]:
-        """Prefetch the next tile while this one is computed: as many bytes as a block of each row,
-        in the order of memory, a part of them each time the iterator is advanced."""
-        groups = self.qtype.block_size // UNPACKERS[self.qtype].group
-        lines = list(range(0, self.qtype.block_bytes * self.isa.lanes, 64))
+        A block's fields are read in turn, not in order: to the hardware that is no stream.
+        """
+        lines = range(_AHEAD, _AHEAD + self.isa.lanes * block_bytes(self.qtype), 64)
         for g in range(groups):
             for line in lines[len(lines) * g // groups : len(lines) * (g + 1) // groups]:
-                self.tile.prefetch(self.tile.at(start, line))
+                self.tile.prefetch(self.tile.at(block, line))
             yield
+
+    def _block(self, weights: Value, index: Value) -> Value:
+        """The address of block ``index`` of the tile at ``weights``."""
+        return self.b.add(
+            weights, self.b.mul(index, _const(self.isa.lanes * block_bytes(self.qtype)))
+        )
 
     def _add_group(
         self, unpacker: Unpacker, total: Value, group: Group, x: Value, records: Value
@@ -174,15 +178,12 @@ class _Kernel:
     def _dots(self, unpacker: Unpacker, q: Sequence[Value], x: Value) -> Value:
         """Integer sums Σ q x over 16 activations."""
         tile = self.tile
-        sums = tile.ints(0)
-        for j, weights in enumerate(q):
-            activations = tile.splat(tile.load(tile.at(x, 4 * j), i32))
-            sums = self.isa.dot(tile, sums, weights, activations, unpacker.largest)
-        return sums
+        activations = [tile.splat(tile.load(tile.at(x, 4 * j), i32)) for j in range(len(q))]
+        return self.isa.dot(tile, q, activations, unpacker.largest)
 
     # Several activation rows
 
-    def _many_rows(self, rows: Sequence[Value], unpacker: Unpacker) -> None:
+    def _many_rows(self, weights: Value, unpacker: Unpacker) -> None:
         b, tile = self.b, self.tile
         block = self.qtype.block_size
         with tile.loop(_const(0), self.t) as i:
@@ -191,21 +192,20 @@ class _Kernel:
             left = b.sub(_const(self.k), start)
             count = b.select(b.icmp_signed("<", left, _const(_BATCH)), left, _const(_BATCH))
             with tile.loop(_const(0), count, block) as inside:
-                blocks = b.sdiv(b.add(start, inside), _const(block))
-                here = b.mul(blocks, _const(self.qtype.block_bytes))
-                self._unpack_to_scratch(unpacker, [b.add(row, here) for row in rows], inside)
+                index = b.sdiv(b.add(start, inside), _const(block))
+                self._unpack_to_scratch(unpacker, self._block(weights, index), inside)
             groups = b.sdiv(count, _const(unpacker.group))
             self._by_width(
                 _const(0), lambda t0, width: self._pass(unpacker, t0, width, start, groups)
             )
 
-    def _unpack_to_scratch(self, unpacker: Unpacker, rows: Sequence[Value], start: Value) -> None:
+    def _unpack_to_scratch(self, unpacker: Unpacker, block: Value, start: Value) -> None:
         b, tile, vector = self.b, self.tile, self.vector
         q_at = b.add(self.scratch, b.mul(start, _const(vector // 4)))
         slot = b.mul(b.sdiv(start, _const(unpacker.group)), _const(vector))
         scales, shifts = b.add(self.scales, slot), b.add(self.shifts, slot)
         j = 0
-        for g, group in enumerate(unpacker.unpack(tile, rows)):
+        for g, group in enumerate(unpacker.unpack(tile, block)):
             for v in group.q:
                 tile.store(v, tile.at(q_at, j * vector), 4)
                 j += 1
@@ -234,27 +234,13 @@ class _Kernel:
                 tile.load(b.add(self.scales, slot), tile.vec(f32), 4),
                 tile.load(shift, tile.vec(f32), 4) if unpacker.has_shift else None,
             )
-            at = self._group_start(unpacker, g)
             for x, r, total in zip(xs, records, totals, strict=True):
-                value = self._add_group(unpacker, b.load(total), group, b.add(x, at), b.add(r, at))
+                value = self._add_group(
+                    unpacker, b.load(total), group, b.add(x, here), b.add(r, here)
+                )
                 b.store(value, total)
         for row, total in zip(rows, totals, strict=True):
             tile.store(b.load(total), self._total(row), 4)
-
-    def _group_start(self, unpacker: Unpacker, g: Value) -> Value:
-        """``unpacker.start`` of a group known only when the kernel runs."""
-        b, n = self.b, len(unpacker.order)
-        start = b.mul(b.sdiv(g, _const(n)), _const(n * unpacker.group))
-        if n == 1:
-            return start
-        table = b.module.globals.get("order")
-        if table is None:
-            kind = ir.ArrayType(i64, n)
-            table = ir.GlobalVariable(b.module, kind, "order")
-            table.global_constant, table.linkage = True, "private"
-            table.initializer = ir.Constant(kind, list(unpacker.order))
-        place = b.gep(table, [_const(0), b.srem(g, _const(n))])
-        return b.add(start, b.load(place))
 
     def _by_width(self, start: Value, emit: Callable[[Value, int], None]) -> None:
         """Cover all activation rows with passes of the widths that fit the registers."""
@@ -267,14 +253,14 @@ class _Kernel:
 
     # Float weights
 
-    def _float_pass(self, rows: Sequence[Value], t0: Value, width: int) -> None:
+    def _float_pass(self, tile_start: Value, t0: Value, width: int) -> None:
         b, tile = self.b, self.tile
         xs = [b.add(self.x, b.mul(b.add(t0, _const(i)), _const(4 * self.k))) for i in range(width)]
         totals = [tile.variable(tile.vec(f32), tile.floats(0.0)) for _ in range(width)]
-        per_load = 16 // self.qtype.block_bytes
+        per_load = PLAIN_BLOCK // self.qtype.block_bytes
         with tile.loop(_const(0), _const(self.k), per_load) as at:
-            offset = b.mul(at, _const(self.qtype.block_bytes))
-            weights = self._as_floats(tile.dwords(self._at_block(rows, offset), 0))
+            block = self._block(tile_start, b.sdiv(at, _const(per_load)))
+            weights = self._as_floats(tile.dwords(block, 0, 4))
             for x, total in zip(xs, totals, strict=True):
                 address = b.add(x, b.mul(at, _const(4)))
                 value = b.load(total)

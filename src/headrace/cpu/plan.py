@@ -5,7 +5,8 @@ Built once at load. The compiled step (``step.py``) walks it without touching Py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from headrace.cpu.layout import (
     PROJECT_QKV,
     Buffers,
 )
+from headrace.cpu.tiles import PLAIN_BLOCK, block_bytes
 from headrace.cpu.unpack import UNPACKERS
+from headrace.cpu.weights import Weights
 from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
-from headrace.gguf.types import Tensor
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Activation,
@@ -76,8 +78,15 @@ def allocate_buffers(decoder: Decoder, max_rows: int, ropes: Sequence[Rope]) -> 
 class Plan:
     """``operations`` [n] of OPERATION and ``matmuls`` of MATMUL, and the distinct ``ropes``."""
 
-    def __init__(self, decoder: Decoder, isa: InstructionSet, max_rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, isa: InstructionSet, max_rows: int, threads: int = 1
+    ) -> None:
         self.decoder, self.isa = decoder, isa
+        self._weights = Weights(isa.lanes)
+        for linear in _linears(decoder):
+            self._check(linear)
+            self._weights.reserve(decoder.weights[linear.weight])
+        self._weights.load(threads)
         self.ropes = list(
             dict.fromkeys(o.rope for o in decoder.operations if isinstance(o, ProjectQKV))
         )
@@ -86,7 +95,6 @@ class Plan:
         self._operations: list[dict[str, Any]] = []
         self._matmuls: list[dict[str, int]] = []
         self._libraries: list[Any] = []
-        self._padded: list[NDArray[np.uint8]] = []
         self._activation = Activation.SILU
         for operation in decoder.operations:
             self._add(operation)
@@ -165,6 +173,15 @@ class Plan:
         row |= {"first_matmul": first, "last_matmul": len(self._matmuls)}
         self._operations.append(row)
 
+    def _check(self, linear: Linear) -> None:
+        tensor = self.decoder.weights[linear.weight]
+        if tensor.data.shape[1] % block_bytes(tensor.qtype):
+            multiple = PLAIN_BLOCK // tensor.qtype.block_bytes
+            raise DeviceError(
+                f"{linear.weight}: rows of {linear.k} {tensor.qtype.name} weights are not a "
+                f"multiple of {multiple}, which the CPU kernels need; use --device reference"
+            )
+
     def _add_branch(self, linear: Linear, x: NDArray[np.float32], post_norm: Norm | None) -> None:
         """A projection back to the residual stream: added to it, or normed first."""
         if post_norm is None:
@@ -181,12 +198,6 @@ class Plan:
     ) -> None:
         tensor = self.decoder.weights[linear.weight]
         is_float = tensor.qtype not in UNPACKERS
-        multiple = 16 // tensor.qtype.block_bytes if is_float else tensor.qtype.block_size
-        if linear.k % multiple:
-            raise DeviceError(
-                f"{linear.weight}: rows of {linear.k} {tensor.qtype.name} weights are not a "
-                f"multiple of {multiple}, which the CPU kernels need; use --device reference"
-            )
         library = matmul_library(tensor.qtype, linear.k, self.isa)
         self._libraries.append(library)
         self._matmuls.append(
@@ -196,7 +207,7 @@ class Plan:
                 "tile_bytes": self.isa.lanes * tensor.qtype.row_bytes(linear.k),
                 "float_input": is_float,
                 "bias": self._address(linear.bias),
-                "weights": self._rows(tensor),
+                "weights": self._weights.address(tensor.name),
                 "n": linear.n,
                 "x": (x if is_float else self.buffers.quantised).ctypes.data,
                 "records": self.buffers.records.ctypes.data,
@@ -206,16 +217,6 @@ class Plan:
                 "accumulate": residual or linear.bias is not None,
             }
         )
-
-    def _rows(self, tensor: Tensor) -> int:
-        """Address of the packed rows. A tile of a smaller matrix reads rows before the first one:
-        such a matrix is copied, with rows to read in front."""
-        missing = self.isa.lanes - tensor.n_rows
-        if missing <= 0:
-            return tensor.data.ctypes.data
-        padded = np.ascontiguousarray(np.pad(tensor.data, ((missing, 0), (0, 0)), mode="edge"))
-        self._padded.append(padded)
-        return padded[missing:].ctypes.data
 
     def _norm(self, address: str, eps: str, norm: Norm | None) -> dict[str, Any]:
         return {} if norm is None else {address: self._address(norm.weight), eps: norm.eps}
@@ -230,6 +231,13 @@ class Plan:
 
     def _address(self, name: str | None) -> int:
         return 0 if name is None else self.vector(name).ctypes.data
+
+
+def _linears(decoder: Decoder) -> Iterator[Linear]:
+    for operation in decoder.operations:
+        for field in fields(operation):
+            if isinstance(value := getattr(operation, field.name), Linear):
+                yield value
 
 
 def _heads(operation: ProjectQKV | Attend) -> dict[str, int]:

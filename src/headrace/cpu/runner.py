@@ -1,4 +1,4 @@
-"""The CPU backend: a decoder on packed, memory-mapped weights."""
+"""The CPU backend: a decoder on packed weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
-from headrace.checks import check_batch, check_copy, check_host_memory
+from headrace.checks import check_batch, check_cache_memory, check_copy
 from headrace.cpu import isa, matmul
 from headrace.cpu.attention import SCORES, VALUES
 from headrace.cpu.compile import attention_library, step_library
@@ -55,7 +55,7 @@ class CPURunner:
         self.decoder = decoder
         self._isa = isa.choose(instruction_set)
         self._n_threads = threads or cores
-        self._plan = Plan(decoder, self._isa, MAX_ROWS)
+        self._plan = Plan(decoder, self._isa, MAX_ROWS, self._n_threads)
         self._attention = attention_library(self._isa)
         self._take_part = step_library().function("take_part", 5)
         self._inv_freq = [self._inverse_frequencies(rope) for rope in self._plan.ropes]
@@ -76,7 +76,7 @@ class CPURunner:
         page = head_stride(c.head_dim) * PAGE_SIZE
         shape = (c.n_layers, n_pages, c.n_kv_heads, page)
         self._drop_cache()
-        check_host_memory(n_pages, 2 * math.prod(shape) * np.dtype(np.uint16).itemsize)
+        check_cache_memory(n_pages, 2 * math.prod(shape) * np.dtype(np.uint16).itemsize)
         for name in ("keys", "values"):
             # Zeros from the system: untouched pages take no memory.
             self._share(name, np.zeros(shape, np.uint16))

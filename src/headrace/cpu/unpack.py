@@ -1,8 +1,9 @@
 """How each quantised block becomes integer weights, scales and shifts, a tile of rows at a time.
 
 Every format is ``weight = scale * (q - offset) + shift`` over groups of 16 or 32, with unsigned
-``q``. An unpacker emits the code that loads one block of each row of a tile and yields its groups
-in order. Layouts: ggml's ``ggml-common.h`` (``block_q4_0`` … ``block_q6_K``).
+``q``. An unpacker emits the code that reads one interleaved block of a tile (``tiles.py``), given
+its address, and yields its groups in order. Offsets are those of ggml's ``ggml-common.h``
+(``block_q4_0`` … ``block_q6_K``).
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ class Group:
     shift: Value | None = None
 
 
-Rows = Sequence[Value]
-Unpack = Callable[[Tile, Rows], Iterator[Group]]
+Unpack = Callable[[Tile, Value], Iterator[Group]]
 
 _NIBBLES = 0x0F0F0F0F
 
@@ -64,61 +64,52 @@ def _or(tile: Tile, a: Sequence[Value], c: Sequence[Value]) -> list[Value]:
     return [tile.b.or_(x, y) for x, y in zip(a, c, strict=True)]
 
 
-def _q4_0(tile: Tile, rows: Rows) -> Iterator[Group]:
-    scale = tile.half(tile.dwords(rows, 0)[0])
-    packed = tile.dwords(rows, 2)
-    yield Group(_low(tile, packed) + _high(tile, packed), scale)
+def _q4_0(tile: Tile, block: Value) -> Iterator[Group]:
+    packed = tile.dwords(block, 2, 4)
+    yield Group(_low(tile, packed) + _high(tile, packed), tile.halves(block, 0))
 
 
-def _q4_1(tile: Tile, rows: Rows) -> Iterator[Group]:
-    head = tile.dwords(rows, 0)[0]
-    packed = tile.dwords(rows, 4)
+def _q4_1(tile: Tile, block: Value) -> Iterator[Group]:
+    head, *packed = tile.dwords(block, 0, 5)
     q = _low(tile, packed) + _high(tile, packed)
     yield Group(q, tile.half(head), tile.half(head, high=True))
 
 
-def _q5_0(tile: Tile, rows: Rows) -> Iterator[Group]:
-    first, second, *_ = tile.dwords(rows, 0)
-    fifth = _fifth_bits(tile, tile.b.or_(tile.shr(first, 16), tile.shl(second, 16)))
-    packed = tile.dwords(rows, 6)
-    q = _or(tile, _low(tile, packed) + _high(tile, packed), fifth)
-    yield Group(q, tile.half(first))
+def _q5_0(tile: Tile, block: Value) -> Iterator[Group]:
+    bits, *packed = tile.dwords(block, 2, 5)
+    q = _or(tile, _low(tile, packed) + _high(tile, packed), _fifth_bits(tile, bits))
+    yield Group(q, tile.halves(block, 0))
 
 
-def _q5_1(tile: Tile, rows: Rows) -> Iterator[Group]:
-    head, bits, *_ = tile.dwords(rows, 0)
-    packed = tile.dwords(rows, 8)
+def _q5_1(tile: Tile, block: Value) -> Iterator[Group]:
+    head, bits, *packed = tile.dwords(block, 0, 6)
     q = _or(tile, _low(tile, packed) + _high(tile, packed), _fifth_bits(tile, bits))
     yield Group(q, tile.half(head), tile.half(head, high=True))
 
 
-def _q8_0(tile: Tile, rows: Rows) -> Iterator[Group]:
-    scale = tile.half(tile.dwords(rows, 0)[0])
-    signed = tile.dwords8(rows, 2)
-    yield Group([tile.b.xor(v, tile.ints(0x80808080)) for v in signed], scale)
+def _q8_0(tile: Tile, block: Value) -> Iterator[Group]:
+    signed = tile.dwords(block, 2, 8)
+    q = [tile.b.xor(v, tile.ints(0x80808080)) for v in signed]
+    yield Group(q, tile.halves(block, 0))
 
 
-def _q2_k(tile: Tile, rows: Rows) -> Iterator[Group]:
-    head = tile.dwords(rows, 68)[3]
+def _q2_k(tile: Tile, block: Value) -> Iterator[Group]:
+    head, scales = tile.dword(block, 80), tile.dwords(block, 0, 4)
     d, d_min = tile.half(head), tile.half(head, high=True)
-    scales = tile.dwords(rows, 0)
-    for half in range(2):
-        packed = tile.dwords8(rows, 16 + 32 * half)
-        for j in range(8):
-            g = 8 * half + j
-            nibbles = tile.shr(scales[g // 4], 8 * (g % 4))
-            sixteen = packed[4 * (j % 2) : 4 * (j % 2) + 4]
-            yield Group(
-                [tile.mask(tile.shr(v, j & 6), 0x03030303) for v in sixteen],
-                tile.b.fmul(d, tile.to_float(tile.mask(nibbles, 15))),
-                tile.b.fneg(tile.b.fmul(d_min, tile.to_float(tile.mask(tile.shr(nibbles, 4), 15)))),
-            )
+    for g in range(16):
+        packed = tile.dwords(block, 16 + 32 * (g // 8) + 16 * (g % 2), 4)
+        nibbles = tile.shr(scales[g // 4], 8 * (g % 4))
+        yield Group(
+            [tile.mask(tile.shr(v, g & 6), 0x03030303) for v in packed],
+            tile.b.fmul(d, tile.to_float(tile.mask(nibbles, 15))),
+            tile.b.fneg(tile.b.fmul(d_min, tile.to_float(tile.mask(tile.shr(nibbles, 4), 15)))),
+        )
 
 
-def _q3_k(tile: Tile, rows: Rows) -> Iterator[Group]:
+def _q3_k(tile: Tile, block: Value) -> Iterator[Group]:
     b = tile.b
-    d = tile.half(tile.dwords(rows, 94)[3], high=True)
-    _, s0, s1, s2 = tile.dwords(rows, 92)
+    d = tile.halves(block, 108)
+    s0, s1, s2 = tile.dwords(block, 96, 3)
     two = 0x03030303
     scales = [
         b.or_(
@@ -127,19 +118,14 @@ def _q3_k(tile: Tile, rows: Rows) -> Iterator[Group]:
         )
         for i, (low, shift) in enumerate(((s0, 0), (s1, 0), (s0, 4), (s1, 4)))
     ]
-    third = tile.dwords8(rows, 0)
-    for half in range(2):
-        packed = tile.dwords8(rows, 32 + 32 * half)
-        for j in range(8):
-            g = 8 * half + j
-            part = slice(4 * (j % 2), 4 * (j % 2) + 4)
-            low = [tile.mask(tile.shr(v, j & 6), two) for v in packed[part]]
-            bit = [_move_bits(tile, v, g // 2, 2, 0x04040404) for v in third[part]]
-            six = tile.mask(tile.shr(scales[g // 4], 8 * (g % 4)), 63)
-            yield Group(
-                _or(tile, low, bit),
-                b.fmul(d, tile.to_float(b.sub(six, tile.ints(32)))),
-            )
+    for g in range(16):
+        packed = tile.dwords(block, 32 + 32 * (g // 8) + 16 * (g % 2), 4)
+        third = tile.dwords(block, 16 * (g % 2), 4)
+        low = [tile.mask(tile.shr(v, g & 6), two) for v in packed]
+        bit = [_move_bits(tile, v, g // 2, 2, 0x04040404) for v in third]
+        six = tile.mask(tile.shr(scales[g // 4], 8 * (g % 4)), 63)
+        scale = b.fmul(d, tile.to_float(b.sub(six, tile.ints(32))))
+        yield Group(_or(tile, low, bit), scale)
 
 
 def _six_bit_scales(
@@ -170,65 +156,46 @@ def _six_bit_scales(
         yield b.fmul(d_odd if g % 2 else d, scale), b.fneg(b.fmul(d_min, minimum))
 
 
-def _q4_k(tile: Tile, rows: Rows) -> Iterator[Group]:
+def _q4_k(tile: Tile, block: Value) -> Iterator[Group]:
     _, factor = _high_in_place(tile, [])
-    scales = _six_bit_scales(tile, tile.dwords(rows, 0), factor)
+    scales = _six_bit_scales(tile, tile.dwords(block, 0, 4), factor)
     for chunk in range(4):
-        packed = tile.dwords8(rows, 16 + 32 * chunk)
+        packed = tile.dwords(block, 16 + 32 * chunk, 8)
         yield Group(_low(tile, packed), *next(scales))
         yield Group(_high_in_place(tile, packed)[0], *next(scales))
 
 
-def _q5_k(tile: Tile, rows: Rows) -> Iterator[Group]:
-    scales = _six_bit_scales(tile, tile.dwords(rows, 0))
-    bits = tile.dwords8(rows, 16)
+def _q5_k(tile: Tile, block: Value) -> Iterator[Group]:
+    scales = _six_bit_scales(tile, tile.dwords(block, 0, 4))
     for chunk in range(4):
-        packed = tile.dwords8(rows, 48 + 32 * chunk)
+        packed = tile.dwords(block, 48 + 32 * chunk, 8)
+        bits = tile.dwords(block, 16, 8)
         for g, nibbles in ((2 * chunk, _low), (2 * chunk + 1, _high)):
             fifth = [_move_bits(tile, v, g, 4, 0x10101010) for v in bits]
             yield Group(_or(tile, nibbles(tile, packed), fifth), *next(scales))
 
 
-_Q6_K_ORDER = (0, 32, 64, 96, 16, 48, 80, 112)
-"""Where the groups of ``_q6_k`` start, of each 128: those that share bytes come together."""
-
-
-def _q6_k(tile: Tile, rows: Rows) -> Iterator[Group]:
-    d = tile.half(tile.dwords(rows, 194)[3], high=True)
-    scales = tile.dwords(rows, 192)
-    for half in range(2):
-        for part in range(2):
-            # 16 bytes at a time: holding more at once stalled on memory (docs/decisions).
-            low = [tile.dwords(rows, 64 * half + 32 * i + 16 * part) for i in range(2)]
-            top = tile.dwords(rows, 128 + 32 * half + 16 * part)
-            for quarter in range(4):
-                g = 8 * half + 2 * quarter + part
-                nibbles = (_low if quarter < 2 else _high)(tile, low[quarter % 2])
-                pairs = [_move_bits(tile, v, 2 * quarter, 4, 0x30303030) for v in top]
-                yield Group(
-                    _or(tile, nibbles, pairs),
-                    tile.b.fmul(d, tile.to_float(tile.signed_byte(scales[g // 4], g % 4))),
-                )
+def _q6_k(tile: Tile, block: Value) -> Iterator[Group]:
+    d, scales = tile.halves(block, 208), tile.dwords(block, 192, 4)
+    for g in range(16):
+        half, quarter, part = g // 8, g % 8 // 2, g % 2
+        packed = tile.dwords(block, 64 * half + 32 * (quarter % 2) + 16 * part, 4)
+        top = tile.dwords(block, 128 + 32 * half + 16 * part, 4)
+        nibbles = (_low if quarter < 2 else _high)(tile, packed)
+        pairs = [_move_bits(tile, v, 2 * quarter, 4, 0x30303030) for v in top]
+        scale = tile.b.fmul(d, tile.to_float(tile.signed_byte(scales[g // 4], g % 4)))
+        yield Group(_or(tile, nibbles, pairs), scale)
 
 
 @dataclass(frozen=True)
 class Unpacker:
-    """``offset`` is subtracted from each ``q``; ``largest`` is the largest ``q`` (< 256).
-
-    Groups come in the order of ``order``, the start of each within a repeating run of them.
-    """
+    """``offset`` is subtracted from each ``q``; ``largest`` is the largest ``q`` (< 256)."""
 
     unpack: Unpack
     group: int
     offset: int
     largest: int
     has_shift: bool
-    order: tuple[int, ...] = (0,)
-
-    def start(self, index: int) -> int:
-        """Where the group that comes ``index``-th starts."""
-        run, place = divmod(index, len(self.order))
-        return run * len(self.order) * self.group + self.order[place]
 
 
 UNPACKERS: dict[QuantType, Unpacker] = {
@@ -241,5 +208,5 @@ UNPACKERS: dict[QuantType, Unpacker] = {
     QuantType.Q3_K: Unpacker(_q3_k, 16, 4, 7, False),
     QuantType.Q4_K: Unpacker(_q4_k, 32, 0, 15, True),
     QuantType.Q5_K: Unpacker(_q5_k, 32, 0, 31, True),
-    QuantType.Q6_K: Unpacker(_q6_k, 16, 32, 63, False, _Q6_K_ORDER),
+    QuantType.Q6_K: Unpacker(_q6_k, 16, 32, 63, False),
 }

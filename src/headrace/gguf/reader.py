@@ -7,12 +7,13 @@ import math
 import re
 import stat
 from collections.abc import Mapping
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.errors import GGUFError
 from headrace.gguf.header import Header, TensorInfo, read_header
@@ -212,3 +213,21 @@ def _open_split(part: _Part, count: int) -> list[_Part]:
             f"but the {count} parts hold {got}"
         )
     return parts
+
+
+def let_go(data: NDArray[np.uint8]) -> None:
+    """Take the pages of a contiguous part of a mapped tensor out of this process's memory.
+
+    They come back when they are read again. Data that no file is mapped behind is left alone.
+    """
+    owner: object = data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, mmap) or not data.size:
+        return
+    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first, last = -(-start // PAGESIZE) * PAGESIZE, (start + data.size) // PAGESIZE * PAGESIZE
+    if first < last:
+        owner.madvise(MADV_DONTNEED, first, last - first)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
-from headrace.checks import check_batch, check_copy, check_host_memory
+from headrace.checks import check_batch, check_copy, check_cache_memory
 from headrace.errors import DeviceError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
@@ -72,7 +72,7 @@ class ReferenceRunner:
         c = self.decoder.config
         shape = (c.n_layers, 2, n_pages, PAGE_SIZE, c.n_kv_heads, c.head_dim)
         self._cache = None
-        check_host_memory(n_pages, math.prod(shape) * self._dtype.itemsize)
+        check_cache_memory(n_pages, math.prod(shape) * self._dtype.itemsize)
         self._cache = np.zeros(shape, self._dtype)
 
     def copy_page(self, source: int, target: int) -> None:
