@@ -30,7 +30,9 @@ def emit_read(builder: ir.IRBuilder, processor: str | None = None) -> Value:
         kind = ir.FunctionType(i64, [])
         return builder.call(declare(builder.module, "llvm.readcyclecounter", kind), [])
     if processor in _ARM:  # what LLVM reads for readcyclecounter is closed to programs there
-        return builder.asm(ir.FunctionType(i64, []), "mrs $0, cntvct_el0", "=r", [], True)
+        kind = ir.FunctionType(i64, [ir.MetaDataType()])
+        read = declare(builder.module, "llvm.read_volatile_register.i64", kind)
+        return builder.call(read, [builder.module.add_metadata(["cntvct_el0"])])
     return ir.Constant(i64, 0)
 
 

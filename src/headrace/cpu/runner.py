@@ -24,6 +24,7 @@ from headrace.cpu.plan import Plan
 from headrace.cpu.team import Team, default_threads
 from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
+from headrace.instrument import Instrument
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Embed, Head, Rope
 
@@ -66,6 +67,7 @@ class CPURunner:
         self._arrays: dict[str, NDArray[Any]] = {}
         self._describe()
         self._team: Team | None = None
+        self._instrument: Instrument | None = None
 
     @property
     def device_name(self) -> str:
@@ -96,6 +98,17 @@ class CPURunner:
         hidden = np.empty((len(batch.logit_rows), self.decoder.config.d_model), np.float32)
         self._run(batch, None, hidden)
         return hidden
+
+    def instrument(self) -> Instrument:
+        """Times the steps of this runner part by part. Raises DeviceError where it cannot."""
+        if self._instrument is None:  # one, that lives as long as the threads that write to it
+            from headrace.cpu.instrument import CPUInstrument
+
+            self._instrument = CPUInstrument(
+                self.decoder, self.step, self._context,
+                isa=self._isa, n_threads=self._n_threads, max_rows=MAX_ROWS,
+            )  # fmt: skip
+        return self._instrument
 
     def copy_page(self, source: int, target: int) -> None:
         check_copy(source, target, self._n_pages())

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
-from headrace.checks import check_batch, check_copy, check_cache_memory
+from headrace.checks import check_batch, check_cache_memory, check_copy
 from headrace.errors import DeviceError
+from headrace.instrument import Instrument
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Attend,
@@ -74,6 +75,12 @@ class ReferenceRunner:
         self._cache = None
         check_cache_memory(n_pages, math.prod(shape) * self._dtype.itemsize)
         self._cache = np.zeros(shape, self._dtype)
+
+    def instrument(self) -> Instrument:
+        """Times the steps of this runner operation by operation."""
+        from headrace.reference.instrument import ReferenceInstrument
+
+        return ReferenceInstrument(self, cached=self._dtype.itemsize)
 
     def copy_page(self, source: int, target: int) -> None:
         cache = self._allocated()
