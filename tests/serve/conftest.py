@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,9 +54,9 @@ def start(tiny_path: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
     def start(*arguments: str, ready: bool = True, model: Path = tiny_path,
-              env: dict[str, str] | None = None) -> Server:  # fmt: skip
+              device: Sequence[str] = (), env: dict[str, str] | None = None) -> Server:  # fmt: skip
         log = tmp_path / f"log{len(started)}"
-        server = Server(log, str(model), "--name", "tiny", *arguments, env=env)
+        server = Server(log, str(model), "--name", "tiny", *arguments, device=device, env=env)
         started.append(server)
         return server.wait_ready() if ready else server
 

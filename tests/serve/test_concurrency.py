@@ -1,22 +1,28 @@
-"""Many at once: the same texts, no stalls, shared prefixes, and none of it lost to HTTP."""
+"""Many at once: the same texts, no stalls, shared prefixes, and none of it lost to HTTP.
+
+The machine may be busy with other things: a timing is tried more than once, both sides of a
+comparison in turns, and beside each stands what can be said without a clock. ``bench/serving.py``
+prints the figures and judges them strictly.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
+import statistics
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
+from machine import cpu_seconds, reaches
 from serve_process import Server, events
 
 import headrace
 from headrace.api import make_request
-from headrace.serve.load import Load, percentiles, run
+from headrace.serve.load import Load, run
 
 pytestmark = pytest.mark.real_model
 
@@ -72,91 +78,120 @@ def test_32_streams_at_once_are_each_what_they_are_alone(server: Server) -> None
     server.check_pages()
 
 
+def random_prompt(seed: int, n: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(300, 9000) for _ in range(n)]
+
+
 def test_probes_answer_within_100_ms_during_a_long_prefill(server: Server) -> None:
-    for attempt in range(3):  # another process may have the machine for a moment
-        rng = random.Random(attempt)
-        body = {"prompt": [rng.randrange(300, 9000) for _ in range(2000)], "max_tokens": 1}
+    all_waits: list[float] = []
+
+    def attempt() -> bool:
+        body = {"prompt": random_prompt(len(all_waits), 2000), "max_tokens": 1}
         prefill = threading.Thread(target=server.post, args=("/v1/completions", body))
         prefill.start()
         server.wait_running(1)
-        slowest, n_probes = 0.0, 0
+        waits: list[float] = []
         while prefill.is_alive():
             for path in ("/health/live", "/health/ready"):
                 start = time.perf_counter()
                 assert server.client.get(path).status_code == 200
-                slowest = max(slowest, time.perf_counter() - start)
-                n_probes += 1
-        print(f"slowest of {n_probes} probes: {1000 * slowest:.1f} ms")
-        if n_probes >= 10 and slowest < 0.1:
-            return
-    pytest.fail(f"the slowest of {n_probes} probes took {slowest:.3f} s")
+                waits.append(time.perf_counter() - start)
+            time.sleep(0.005)
+        print(f"slowest of {len(waits)} probes: {1000 * max(waits):.1f} ms")
+        all_waits.extend(waits)
+        return len(waits) >= 10 and max(waits) < 0.1
 
-
-def first_token_seconds(server: Server, body: dict) -> float:
-    start = time.perf_counter()
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
-        next(events(response))
-        return time.perf_counter() - start
+    assert reaches(attempt, server.process.pid)
+    assert statistics.median(all_waits) < 0.1  # however busy the machine
 
 
 def test_a_second_identical_long_prompt_starts_5_times_sooner(server: Server) -> None:
-    rng = random.Random(99)
-    body = {"prompt": [rng.randrange(300, 9000) for _ in range(1800)], "max_tokens": 2,
-            "stream": True, "ignore_eos": True}  # fmt: skip
-    first, second = (first_token_seconds(server, body) for _ in range(2))
-    print(f"first token after {first:.3f} s, then {second:.3f} s: {first / second:.1f} times")
-    assert first / second >= 5
+    seeds = iter(range(99, 199))
 
-
-def test_a_short_request_is_not_held_up_by_a_long_prompt(server: Server) -> None:
-    """The tokens of a stream keep coming while another's prompt is read."""
-    stream = {"prompt": "One", "max_tokens": 120, "stream": True, "ignore_eos": True}
-    rng = random.Random(3)
-    long = {"prompt": [rng.randrange(300, 9000) for _ in range(1500)], "max_tokens": 1}
-    arrivals: list[float] = []
-    with server.client.stream("POST", "/v1/completions", json=stream) as response:
-        other = None
-        for _ in events(response):
-            arrivals.append(time.perf_counter())
-            if other is None:
-                started = arrivals[-1]
-                other = threading.Thread(target=server.post, args=("/v1/completions", long))
-                other.start()
-        other.join()
-    during = [at for at in arrivals if at > started]
-    gaps = [later - earlier for earlier, later in pairwise(during)]
-    assert len(gaps) > 20
-    assert percentiles(gaps)["p95"] < 1.0
-
-
-def engine_tokens_per_second(path: Path) -> float:
-    """What the engine itself reaches with N rows a step, nothing else running."""
-    rng = random.Random(5)
-    with headrace.load(path, context=2048, max_sequences=N, cache_tokens=8192) as model:
-        done: list[str] = []
-
-        def sink(event) -> None:
-            if event.finish_reason:
-                done.append(event.finish_reason)
-
-        for _ in range(N):
-            tokens = [rng.randrange(300, 9000) for _ in range(16)]
-            options = {"max_tokens": 48, "temperature": 0, "ignore_eos": True}
-            model.engine.add(make_request(tokens, options), sink)
+    def first_token_seconds(body: dict) -> float:
         start = time.perf_counter()
-        while len(done) < N:
-            model.engine.step()
-        return N * 48 / (time.perf_counter() - start)
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            pieces = events(response)
+            next(pieces)
+            seconds = time.perf_counter() - start
+            *_, last, _ = pieces
+        cached.append(last["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return seconds
+
+    def attempt() -> bool:
+        body = {"prompt": random_prompt(next(seeds), 1800), "max_tokens": 2, "ignore_eos": True,
+                "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+        first, second = (first_token_seconds(body) for _ in range(2))
+        print(f"first token after {first:.3f} s, then {second:.3f} s: {first / second:.1f} times")
+        return first / second >= 5
+
+    cached: list[int] = []
+    assert reaches(attempt, server.process.pid)
+    assert cached[:2] == [0, 1799]  # all but the last, whose logits are wanted
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_read(server: Server) -> None:
+    stream = {"prompt": "One", "max_tokens": 120, "stream": True, "ignore_eos": True}
+    long = {"prompt": random_prompt(3, 1500), "max_tokens": 1}
+    answered = threading.Event()
+    n_during = 0
+
+    def ask() -> None:
+        server.post("/v1/completions", long)
+        answered.set()
+
+    with server.client.stream("POST", "/v1/completions", json=stream) as response:
+        pieces = events(response)
+        next(pieces)
+        other = threading.Thread(target=ask)
+        other.start()
+        for _ in pieces:
+            n_during += not answered.is_set()
+        other.join()
+    # One with each chunk of the prompt, of which there are some; not one after another.
+    assert 10 < n_during < 120
 
 
 def test_http_costs_little_of_the_engine_s_speed(server: Server, smollm2_path: Path) -> None:
-    load = Load(server.url, n_requests=N, concurrency=N, prompt_tokens=16, max_tokens=48)
-    best = 0.0
-    for _ in range(4):
-        engine = engine_tokens_per_second(smollm2_path)
-        served = asyncio.run(run(load))["output_tokens_per_second"]
-        print(f"engine {engine:.0f} tok/s, server {served:.0f} tok/s: {served / engine:.2f}")
-        best = max(best, served / engine)
-        if best >= 0.8:
-            return
-    pytest.fail(f"the server reached {best:.2f} of the engine's speed")
+    """Server and engine in turns, the best of each; and who used the server's CPU time."""
+    pid = server.process.pid
+    engine_speeds: list[float] = []
+    served_speeds: list[float] = []
+    started, loop_started = cpu_seconds(pid), cpu_seconds(pid, thread=pid)
+    with headrace.load(smollm2_path, context=2048, max_sequences=N, cache_tokens=8192) as model:
+
+        def attempt() -> bool:
+            engine_speeds.append(engine_tokens_per_second(model, seed=len(engine_speeds)))
+            load = Load(server.url, n_requests=N, concurrency=N, prompt_tokens=16,
+                        max_tokens=TOKENS, seed=len(served_speeds))  # fmt: skip
+            served_speeds.append(asyncio.run(run(load))["output_tokens_per_second"])
+            ratio = max(served_speeds) / max(engine_speeds)
+            print(
+                f"engine {engine_speeds[-1]:.0f} tok/s, server {served_speeds[-1]:.0f} tok/s; "
+                f"the best of each so far: {ratio:.2f}"
+            )
+            return ratio >= 0.8
+
+        assert reaches(attempt, pid)
+    loop = cpu_seconds(pid, thread=pid) - loop_started
+    engine = cpu_seconds(pid) - started - loop
+    print(f"CPU time of the event loop: {100 * loop / engine:.1f}% of the engine's")
+    assert loop < 0.2 * engine
+
+
+def engine_tokens_per_second(model: headrace.Model, seed: int) -> float:
+    """What the engine itself reaches with N rows a step."""
+    n_left = N
+
+    def sink(event) -> None:
+        nonlocal n_left
+        n_left -= event.finish_reason is not None
+
+    for i in range(N):
+        options = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        model.engine.add(make_request(random_prompt(1000 * seed + i, 16), options), sink)
+    start = time.perf_counter()
+    while n_left:
+        model.engine.step()
+    return N * TOKENS / (time.perf_counter() - start)

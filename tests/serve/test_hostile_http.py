@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 
 import pytest
+from machine import cpu_seconds
 from serve_process import Server, raw_post
 
 pytestmark = pytest.mark.real_model
@@ -172,10 +172,10 @@ def test_prompts_around_the_context(server: Server) -> None:
 
 
 def test_a_huge_text_is_refused_before_it_is_tokenised(server: Server) -> None:
-    start = time.perf_counter()
-    response = server.complete(prompt="a" * 1_000_000)
+    before = cpu_seconds(server.process.pid)
+    response = server.complete(prompt="a" * 4_000_000)
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert time.perf_counter() - start < 2
+    assert cpu_seconds(server.process.pid) - before < 1  # tokenising it takes several
 
 
 def test_control_tokens_in_content_stay_text(server: Server) -> None:
@@ -203,15 +203,13 @@ def test_large_bodies(server: Server) -> None:
 
 
 def test_slow_bodies_and_headers_are_cut(server: Server) -> None:
-    head = raw_post(CHAT, b"x" * 100)[:-90]
-    start = time.perf_counter()
-    with server.connect(head) as raw:
+    """Each read fails after 20 s, and the server's limits are 1.5 s."""
+    with server.connect(raw_post(CHAT, b"x" * 100)[:-90]) as raw:
         assert raw.recv(1000).startswith(b"HTTP/1.1 408")
     with server.connect(b"POST / HTTP/1.1\r\nHost: loc") as raw:
         assert raw.recv(1000) == b""
     with server.connect() as raw:
         assert raw.recv(1000) == b""
-    assert time.perf_counter() - start < 8
 
 
 def test_bytes_that_are_no_http(server: Server) -> None:

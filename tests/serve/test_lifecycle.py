@@ -14,18 +14,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_process import Server, events, raw_post
+from serve_process import SLOW, Server, events, raw_post
 
 LONG = {"prompt": [300, 301, 302], "max_tokens": 2000, "temperature": 0}
-FAILING = Path(__file__).parent.parent / "support/failing_server.py"
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two completions run at once; eight may wait."""
+    """Two completions run at once, slowly; eight may wait."""
     log = tmp_path_factory.mktemp("tiny") / "log"
     options = ("--max-sequences", "2", "--max-waiting", "8", "--write-timeout", "1")
-    server = Server(log, str(tiny_path), "--name", "tiny", *options).wait_ready()
+    server = Server(log, str(tiny_path), "--name", "tiny", *options, device=SLOW).wait_ready()
     yield server
     server.check_pages()
     assert server.stop() == 0
@@ -120,25 +119,21 @@ def test_more_choices_than_fit_the_queue_is_429(tiny: Server) -> None:
 
 def test_preemption_when_pages_run_out(start: Callable[..., Server]) -> None:
     server = start("--context", "512", "--cache-tokens", "640", "--max-sequences", "4")
-    alone = [server.complete(prompt=[400 + i], max_tokens=400).json() for i in range(3)]
-    answers: list = [None] * 3
+    prompts = [[400 + i] for i in range(3)]
 
-    def ask(i: int) -> None:
-        answers[i] = server.complete(prompt=[400 + i], max_tokens=400).json()
+    def texts(prompt: list) -> list[str]:
+        choices = server.complete(prompt=prompt, max_tokens=400).json()["choices"]
+        return [choice["text"] for choice in choices]
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    texts = [answer["choices"][0]["text"] for answer in answers]
-    assert texts == [answer["choices"][0]["text"] for answer in alone]
+    alone = [texts([prompt])[0] for prompt in prompts]
+    assert server.metric("headrace_preemptions_total") == 0
+    assert texts(prompts) == alone
     assert server.metric("headrace_preemptions_total") > 0
     server.check_pages()
 
 
 def test_an_answer_that_takes_too_long(start: Callable[..., Server]) -> None:
-    server = start("--request-timeout", "0.2")
+    server = start("--request-timeout", "0.2", device=SLOW)
     late = server.post("/v1/completions", LONG)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
     with server.client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
@@ -148,7 +143,7 @@ def test_an_answer_that_takes_too_long(start: Callable[..., Server]) -> None:
 
 
 def test_sigterm_lets_streams_end(start: Callable[..., Server]) -> None:
-    server = start()
+    server = start(device=SLOW)
     body = LONG | {"stream": True, "max_tokens": 300}
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         stream = events(response)
@@ -165,7 +160,8 @@ def test_sigterm_lets_streams_end(start: Callable[..., Server]) -> None:
 def test_sigterm_cuts_streams_with_an_error_event(
     start: Callable[..., Server], signals: int
 ) -> None:
-    server = start("--drain-timeout", "0.1" if signals == 1 else "30", "--max-sequences", "8")
+    timeout = "0.1" if signals == 1 else "30"
+    server = start("--drain-timeout", timeout, "--max-sequences", "8", device=SLOW)
     statuses: list[int] = []
     whole = threading.Thread(
         target=lambda: statuses.append(server.post("/v1/completions", LONG | {"n": 6}).status_code)
@@ -188,7 +184,7 @@ def test_sigterm_cuts_streams_with_an_error_event(
 
 
 def test_while_it_loads_it_lives_but_is_not_ready(start: Callable[..., Server]) -> None:
-    server = start(ready=False)
+    server = start(ready=False, device=("--load-seconds", "3"))
     assert server.client.get("/health/live").status_code == 200
     for response in (
         server.client.get("/health/ready"), server.client.get("/v1/models"),
@@ -229,32 +225,29 @@ def test_what_cannot_be_served_is_one_line(
         assert word in last
 
 
-def test_out_of_memory_in_service_fails_one_request(tiny_path: Path, tmp_path: Path) -> None:
-    program = (str(FAILING), str(tiny_path), "500")
-    server = Server(tmp_path / "log", program=program).wait_ready()
+def test_out_of_memory_in_service_fails_one_request(start: Callable[..., Server]) -> None:
+    server = start(device=("--fails-at", "500"))
     long = {"prompt": [300], "max_tokens": 600, "temperature": 0}
     answers: list[httpx.Response] = []
     others = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", long)))
-    try:
-        others.start()
-        server.wait_running(1)
-        failed = server.complete(prompt=[500, 300], max_tokens=2)
-        assert (failed.status_code, failed.json()["error"]["code"]) == (503, "out_of_memory")
-        body = {"prompt": [500, 300], "max_tokens": 2, "stream": True}
-        with server.client.stream("POST", "/v1/completions", json=body) as response:
-            error, done = events(response)
-        assert (error["error"]["code"], done) == ("out_of_memory", "[DONE]")
-        others.join()
-        assert answers[0].json()["usage"]["completion_tokens"] == 600
-        assert server.complete(prompt=[300], max_tokens=2).status_code == 200
-        server.check_pages()
-    finally:
-        assert server.stop() == 0
+    others.start()
+    server.wait_running(1)
+    failed = server.complete(prompt=[500, 300], max_tokens=2)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (503, "out_of_memory")
+    body = {"prompt": [500, 300], "max_tokens": 2, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        error, done = events(response)
+    assert (error["error"]["code"], done) == ("out_of_memory", "[DONE]")
+    others.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 600
+    assert server.complete(prompt=[300], max_tokens=2).status_code == 200
+    server.check_pages()
+    assert server.stop() == 0
 
 
 def test_the_engine_thread_ends_with_the_server_even_while_loading(
     start: Callable[..., Server],
 ) -> None:
-    server = start(ready=False)
+    server = start(ready=False, device=("--load-seconds", "1"))
     assert server.stop() == 0
     assert server.records()[-1]["event"] == "stopped"

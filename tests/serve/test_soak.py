@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import httpx
+import pytest
 from serve_process import Server, raw_post
 
 SECONDS = float(os.environ.get("HEADRACE_SOAK_SECONDS", "12"))
@@ -21,19 +22,10 @@ CLIENTS = 24
 ALLOWED_GROWTH = 32 << 20
 
 
+@pytest.mark.timeout(SECONDS + 300)
 def test_a_full_queue_with_random_disconnects(start: Callable[..., Server]) -> None:
-    server = start(
-        *(
-            "--context",
-            "1024",
-            "--cache-tokens",
-            "4096",
-            "--max-sequences",
-            "8",
-            "--max-waiting",
-            "8",
-        )
-    )
+    server = start("--context", "1024", "--cache-tokens", "4096", "--max-sequences", "8",
+                   "--max-waiting", "8")  # fmt: skip
     statuses: Counter[int] = Counter()
     deadline = time.monotonic() + SECONDS
     failures: list[BaseException] = []

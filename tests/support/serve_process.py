@@ -15,21 +15,28 @@ from typing import Any
 
 import httpx
 
+_DEVICE = str(Path(__file__).with_name("device_server.py"))
+
+
+SLOW = ("--step-seconds", "0.005")
+"""A device on which an answer of 2,000 tokens takes 10 seconds or more."""
+
 
 class Server:
     """Started with ``arguments`` on a free port of the loopback; its log goes to ``log``.
 
-    program: another one than ``headrace serve``.
+    device: a fault of the device (``device_server.py``).
     """
 
     def __init__(
         self,
         log: Path,
         *arguments: str,
-        program: Sequence[str] = ("-m", "headrace", "serve"),
+        device: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> None:
         self.log = log
+        program = [_DEVICE, *device] if device else ["-m", "headrace", "serve"]
         command = [sys.executable, *program, *arguments, "--port", "0"]
         with log.open("w") as sink:
             self.process = subprocess.Popen(
