@@ -8,13 +8,15 @@ positions to pages, and the engine owns it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.model.decoder import Decoder
+from headrace.sampling import SamplingParams, TokenLogprob
 
 PAGE_SIZE = 64
 """Positions in one KV page."""
@@ -66,3 +68,53 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Release the device memory. Idempotent."""
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A sequence whose next tokens a device makes and chooses by itself.
+
+    tokens: prompt and answer so far; all but the last are in the cache. pages: position ``p`` lives
+    in ``pages[p // PAGE_SIZE]``; as many as the tokens to come need. n_prompt: tokens of the prompt.
+    """
+
+    tokens: Sequence[int]
+    pages: Sequence[int]
+    n_prompt: int
+    params: SamplingParams
+    seed: int
+
+
+class Choice(NamedTuple):
+    """The token chosen for a row, and its log-probabilities where the row asks for them."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+class Burst(Protocol):
+    """Steps under way on the device: each ``next`` is one step's choices, one for each row.
+
+    The device runs ahead of the host. :meth:`stop` starts no further step; those under way still
+    come. Whatever a row's sequence has no use for may be ignored.
+    """
+
+    def __iter__(self) -> Iterator[list[Choice]]: ...
+
+    def __next__(self) -> list[Choice]: ...
+
+    def stop(self) -> None: ...
+
+
+@runtime_checkable
+class DecodingRunner(Protocol):
+    """A runner that can also choose tokens, with ``headrace.sampling``'s results."""
+
+    def can_sample(self, params: SamplingParams) -> bool: ...
+
+    def decode(self, rows: Sequence[DecodeRow], n_steps: int) -> Burst:
+        """Start ``n_steps`` steps of one token of each row.
+
+        Nothing else may run on the runner until the burst has ended. Raises ContextOverflowError
+        when the pages of a row do not hold them.
+        """

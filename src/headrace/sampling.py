@@ -184,9 +184,13 @@ class Sampler:
             u = uniform(self.seed, len(self._generated))
             token = draw(shaped, truncate(shaped, params), params.temperature, u)
         report = None if params.logprobs is None else logprobs(logits, token, params.logprobs)
+        self.accept(token)
+        return token, report
+
+    def accept(self, token: int) -> None:
+        """Count a token that was chosen, here or on a device."""
         self._generated.append(token)
         self._counts[token] += 1
-        return token, report
 
     def _shape(self, logits: Logits, prompt: Sequence[int]) -> Logits:
         """Bias, penalties and mask, on a copy made only if one of them applies."""

@@ -84,7 +84,8 @@ def others(device: PaperDevice) -> list[Launch]:
         layout = TileLayout(qtype, 32, 1280)
         made.append(launchers.reorder(layout, 0, 0, 0, 32, head_dim=0, rope_dim=0))
     made.append(launchers.post_norm(1152, c.PostNorm(), 1, eps=1e-6))
-    made.append(launchers.argmax(262144, c.Argmax()))
+    vocabularies = (launchers.SampleShape(n) for n in (512, 128256, 262208))
+    made.extend(launchers.sample(shape, c.Sample(), 1) for shape in vocabularies)
     made.append(launchers.read(device, 0, 1 << 20, 0))
     return made
 
@@ -94,7 +95,14 @@ def test_compiles_without_spills(target: str) -> None:
     device = PaperDevice(target)
     launches = matvecs(device) + others(device)
     specs = list(dict.fromkeys(launch.spec for launch in launches))
-    assert {spec.name for spec in specs} >= {"matvec", "attend", "rotary", "embed", "post_norm"}
+    assert {spec.name for spec in specs} >= {
+        "matvec",
+        "attend",
+        "rotary",
+        "embed",
+        "post_norm",
+        "sample",
+    }
 
     def compiled(spec: Specialisation) -> Resources:
         return resources(spec, target)

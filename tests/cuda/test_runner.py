@@ -9,13 +9,14 @@ import batches
 import numpy as np
 import pytest
 
-from headrace.cuda.decode import GreedyDecode
+from headrace.backend import DecodeRow
 from headrace.cuda.device import Device
 from headrace.cuda.runner import CUDARunner
-from headrace.errors import ContextOverflowError
+from headrace.errors import ContextOverflowError, DeviceError
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.reference.runner import ReferenceRunner
+from headrace.sampling import SamplingParams
 from headrace.synth import write_synthetic
 
 TOKENS = [5, 9, 301, 44, 17, 260, 3, 128, 77, 410, 8, 8, 96, 201, 33]
@@ -85,6 +86,13 @@ def test_int8_activations_one_token_at_a_time(device: Device, synthetic) -> None
     runner.close()
 
 
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def decode_row(tokens: list[int], pages: list[int], params=GREEDY, seed: int = 0) -> DecodeRow:
+    return DecodeRow(tokens, pages, len(tokens) - 1, params, seed)
+
+
 def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
     decoder = synthetic("llama-tiny", "Q4_K_M")
     runner = CUDARunner(decoder, device, max_rows=16)
@@ -103,23 +111,53 @@ def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
 
     wanted = stepwise(12)
     runner.step(batches.one_sequence(prompt, 0, [57], pages))
-    decode = GreedyDecode(runner)
-    decode.start(wanted[0], len(prompt), pages)
+    row = decode_row([*prompt, wanted[0]], pages)
+    burst = runner.decode([row], 11)
     before = replace(runner.counters)
-    got = list(decode.tokens(11))
+    got = [choices[0].token for choices in burst]
     assert got == wanted[1:]
     after = runner.counters
     assert after.graph_launches - before.graph_launches == 11
     assert after.synchronisations == before.synchronisations
     assert after.bytes_to_host == before.bytes_to_host
 
-    # Cancelled after a few, then something else, then again from the start: the same tokens.
-    decode.start(wanted[0], len(prompt), pages)
-    assert [token for token, _ in zip(decode.tokens(8), range(3), strict=False)] == wanted[1:4]
+    # Stopped after a few: those under way still come, and no more.
+    burst = runner.decode([row], 11)
+    got = [next(burst)[0].token for _ in range(3)]
+    burst.stop()
+    got += [choices[0].token for choices in burst]
+    assert 3 < len(got) < 11
+    assert got == wanted[1 : 1 + len(got)]
+    # Abandoned, then something else, then again from the start: the same tokens.
+    burst = runner.decode([row], 11)
+    next(burst)
     runner.step(batches.one_sequence(TOKENS, 0, [0], [0, 2]))
-    decode.start(wanted[0], len(prompt), pages)
-    assert list(decode.tokens(8)) == wanted[1:9]
-    with pytest.raises(ContextOverflowError, match="do not fit 128"):
-        next(decode.tokens(63))
-    decode.close()
+    with pytest.raises(DeviceError, match="another step ran on this runner"):
+        next(burst)
+    assert [c[0].token for c in runner.decode([row], 8)] == wanted[1:9]
+    with pytest.raises(ContextOverflowError, match="71 tokens after 59 do not fit 2 pages"):
+        runner.decode([row], 71)
+    with pytest.raises(DeviceError, match="17 rows in a burst of 1 to 16"):
+        runner.decode([row] * 17, 1)
+    runner.close()
+
+
+def test_rows_of_a_burst_go_their_own_ways(device: Device, synthetic) -> None:
+    """Sequences of unlike length and sampling, together, make the tokens they make alone."""
+    runner = CUDARunner(synthetic("llama-tiny", "Q4_K_M"), device, max_rows=16)
+    runner.allocate_cache(8)
+    params = [
+        GREEDY,
+        SamplingParams(temperature=1.5, top_k=0, min_p=0.0),
+        SamplingParams(temperature=1.0, repetition_penalty=1.4, presence_penalty=0.5),
+    ]
+    rows = []
+    for i, length in enumerate((61, 9, 15)):
+        tokens, pages = (TOKENS * 5)[i : i + length], [2 * i, 2 * i + 1]
+        runner.step(batches.one_sequence(tokens[:-1], 0, [0], pages))
+        rows.append(decode_row(tokens, pages, params[i], seed=i))
+    together = [[choice.token for choice in step] for step in runner.decode(rows, 9)]
+    for i, row in enumerate(rows):
+        alone = [step[0].token for step in runner.decode([row], 9)]
+        assert alone == [step[i] for step in together]
     runner.close()

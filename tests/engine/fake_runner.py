@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from headrace.backend import PAGE_SIZE, Batch
+from headrace.backend import PAGE_SIZE, Batch, Choice, DecodeRow
 from headrace.engine.engine import Engine
 from headrace.engine.request import Request
 from headrace.engine.sequence import Event
@@ -129,6 +130,77 @@ class FakeRunner:
     @property
     def n_rows(self) -> int:
         return sum(len(batch.tokens) for batch in self.batches)
+
+
+class FakeDecodingRunner(FakeRunner):
+    """Chooses tokens itself, ``AHEAD`` steps before they are asked for, as a device does."""
+
+    AHEAD = 4
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.bursts: list[FakeBurst] = []
+        self.before_choice: Callable[[], None] = lambda: None
+
+    def can_sample(self, params: SamplingParams) -> bool:
+        return params.top_k != 1  # something it does not do
+
+    def decode(self, rows: Sequence[DecodeRow], n_steps: int) -> FakeBurst:
+        self.check_idle()
+        for row in rows:
+            assert len(row.tokens) - 1 + n_steps <= len(row.pages) * PAGE_SIZE
+        self.bursts.append(FakeBurst(self, rows, n_steps))
+        return self.bursts[-1]
+
+    def check_idle(self) -> None:
+        assert not self.bursts or self.bursts[-1].ended, "other work while a burst runs"
+
+    def step(self, batch: Batch) -> np.ndarray:
+        self.check_idle()
+        return super().step(batch)
+
+
+class FakeBurst:
+    def __init__(self, runner: FakeDecodingRunner, rows: Sequence[DecodeRow], n_steps: int) -> None:
+        self._runner, self._rows, self._left = runner, rows, n_steps
+        self.n_rows, self.n_steps = len(rows), 0
+        self._tokens = [list(row.tokens) for row in rows]
+        self._samplers = [Sampler(row.params) for row in rows]
+        for sampler, row in zip(self._samplers, rows, strict=True):
+            sampler.seed = row.seed
+            for token in row.tokens[row.n_prompt :]:
+                sampler.accept(token)
+        self._made: deque[list[Choice]] = deque()
+        self.ended = False
+
+    def _make(self) -> list[Choice]:
+        choices = []
+        for row, tokens, sampler in zip(self._rows, self._tokens, self._samplers, strict=True):
+            position = len(tokens) - 1
+            self._runner.cache[row.pages[position // PAGE_SIZE], position % PAGE_SIZE] = tokens[-1]
+            context = self._runner.cache[list(row.pages)].reshape(-1)[: position + 1].tolist()
+            logits = self._runner.logits(context)
+            choice = Choice(*sampler.sample(logits, tokens[: row.n_prompt]))
+            tokens.append(choice.token)
+            choices.append(choice)
+        return choices
+
+    def __iter__(self) -> FakeBurst:
+        return self
+
+    def __next__(self) -> list[Choice]:
+        self._runner.before_choice()
+        while self._left and len(self._made) < self._runner.AHEAD:
+            self._left -= 1
+            self._made.append(self._make())
+        if not self._made:
+            self.ended = True
+            raise StopIteration
+        self.n_steps += 1
+        return self._made.popleft()
+
+    def stop(self) -> None:
+        self._left = 0
 
 
 def make_engine(runner: FakeRunner | None = None, **options: int) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int, c_uint64, c_void_p
+from ctypes import Structure, c_float, c_int, c_uint32, c_uint64, c_void_p
 
 
 class Rows(Structure):
@@ -106,15 +106,44 @@ class Attend(Structure):
     ]
 
 
-class Argmax(Structure):
+class Request(Structure):
+    """One row's sampling (kernels/sample.cu)."""
+
+    _fields_ = [
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("log_min_p", c_float),
+        ("repetition", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("top_k", c_int),
+        ("repeat_last_n", c_int),
+        ("n_prompt", c_int),
+        ("length", c_int),
+        ("n_bias", c_int),
+        ("n_logprobs", c_int),
+        ("seed", c_uint32 * 2),
+        ("step", c_uint32),
+        ("unused", c_uint32),
+    ]
+
+
+class Sample(Structure):
     _fields_ = [
         ("logits", c_void_p),
-        ("best", c_void_p),
+        ("shaped", c_void_p),
+        ("peaks", c_void_p),
+        ("sums", c_void_p),
         ("arrived", c_void_p),
-        ("token", c_void_p),
-        ("position", c_void_p),
-        ("step", c_void_p),
+        ("requests", c_void_p),
+        ("history", c_void_p),
+        ("bias_ids", c_void_p),
+        ("bias", c_void_p),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
         ("ring", c_void_p),
+        ("reports", c_void_p),
+        ("capacity", c_int),
         ("ring_size", c_int),
     ]
 

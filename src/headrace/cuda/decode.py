@@ -1,107 +1,142 @@
-"""Decoding of one sequence with the host behind, never in front.
+"""Decoding with the host behind, never in front.
 
-One CUDA graph makes a token: embed, every layer, vocabulary, choice, and the next step's inputs.
-The host only launches it again, some tokens ahead, and polls pinned memory for the ids: no blocking
-synchronisation, one graph launch a token.
+One CUDA graph makes a token of every row: embed, all layers, vocabulary, choice, and the next
+step's inputs. The host only launches it again, some steps ahead, and polls pinned memory for the
+ids: no blocking synchronisation, one graph launch a step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from headrace.backend import PAGE_SIZE
+from headrace.backend import PAGE_SIZE, Batch, Choice, DecodeRow
 from headrace.cuda.device import Graph
 from headrace.cuda.lowering import Step
-from headrace.cuda.runner import CUDARunner
+from headrace.cuda.sampling import DeviceSampler
 from headrace.errors import ContextOverflowError, DeviceError
 
-_RING = 4096
-_POLLS_BEFORE_CHECK = 1 << 14
+if TYPE_CHECKING:
+    from headrace.cuda.runner import CUDARunner
+
+AHEAD = 4
+"""Steps the host launches before it has seen the choices of an earlier one."""
+
+_GRAPHS_KEPT = 32
+_SHORTEST = 64
 
 
-class GreedyDecode:
-    """Greedy tokens of one sequence whose earlier positions are in the cache of ``runner``.
+class DecodeGraphs:
+    """The graphs of one cache: one for each number of rows and power of two of the length."""
 
-    Owns graphs (one for each power of two of the length) and the ring that ids arrive in. Using
-    ``runner.step`` between tokens is allowed; :meth:`start` again afterwards.
-    """
+    def __init__(self, runner: CUDARunner, sampler: DeviceSampler) -> None:
+        self._runner, self.sampler = runner, sampler
+        self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+        self.n_started = 0
+        """Steps launched, from burst to burst: a step that ends late writes a number nobody waits
+        for."""
 
-    def __init__(self, runner: CUDARunner, ahead: int = 4) -> None:
-        self._runner, self._device = runner, runner.device
-        self._ahead = ahead
-        address, raw = self._device.allocate_pinned(_RING * 8)
-        self._ring_address, self._ring = address, raw.view(np.uint64)
-        self._graphs: dict[int, Graph] = {}
-        # Steps are counted on, from start to start: a cancelled step that ends late writes a number
-        # nobody waits for.
-        self._launched = 0
-        step = runner.lowering.arena["argmax step"]
-        self._device.clear(step.address, step.n_bytes)
-        self._generation = runner.cache_generation
-        self._position = self._capacity = 0
+    def launch(self, n_rows: int, longest: int) -> None:
+        """Start the next step; ``longest``: a bound on position + 1 of its rows."""
+        self.graph(n_rows, longest).launch()
+        self.n_started += 1
 
-    def start(self, token: int, position: int, pages: Sequence[int]) -> None:
-        """The next step reads ``token`` at ``position``; position p lies in ``pages[p // 64]``."""
-        if self._generation != self._runner.cache_generation:  # addresses have moved
-            self._drop_graphs()
-            self._generation = self._runner.cache_generation
-        self._runner.set_row(token, position, pages)
-        self._runner.lowering.clear()
-        self._position, self._capacity = position, len(pages) * PAGE_SIZE
+    def graph(self, n_rows: int, longest: int) -> Graph:
+        key = n_rows, max(_SHORTEST, 1 << (longest - 1).bit_length())
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) >= _GRAPHS_KEPT:
+                self._graphs.popitem(last=False)[1].close()
+            graph = self._graphs[key] = self._capture(*key)
+        self._graphs.move_to_end(key)
+        return graph
 
-    def tokens(self, count: int) -> Iterator[int]:
-        """The next ``count`` ids, each as soon as the device has made it.
+    def _capture(self, n_rows: int, longest: int) -> Graph:
+        lowering, device = self._runner.lowering, self._runner.device
+        inputs = lowering.require_inputs()
+        launches = [
+            *lowering.launches(Step(n_rows, longest, ((0, n_rows),))),
+            self.sampler.launch(lowering.arena["logits"], n_rows, inputs.tokens, inputs.positions),
+        ]
+        device.prepare(launch.spec for launch in launches)
 
-        Raises ContextOverflowError, before anything runs, if the pages given do not hold them.
-        """
-        if self._position + count > self._capacity:
-            raise ContextOverflowError(
-                f"{count} tokens from position {self._position} do not fit "
-                f"{self._capacity} positions"
-            )
-        first, last = self._launched + 1, self._launched + count
-        for wanted in range(first, last + 1):
-            while self._launched < min(last, wanted + self._ahead):
-                self._graph(self._position + 1).launch()
-                self._position += 1
-                self._launched += 1
-            yield self._poll(wanted)
+        def record() -> None:
+            for launch in launches:
+                device.launch(launch)
 
-    def _graph(self, length: int) -> Graph:
-        longest = max(64, 1 << (length - 1).bit_length())
-        if longest not in self._graphs:
-            lowering = self._runner.lowering
-            step = Step(1, longest, ((0, 1),))
-            plan = [*lowering.launches(step), lowering.argmax(self._ring_address, _RING)]
-            self._device.prepare(launch.spec for launch in plan)
+        return device.capture(record)
 
-            def record() -> None:
-                for launch in plan:
-                    self._device.launch(launch)
-
-            self._graphs[longest] = self._device.capture(record)
-        return self._graphs[longest]
-
-    def _poll(self, step: int) -> int:
-        cell = (step - 1) % _RING
-        polls = 0
-        while int(self._ring[cell]) >> 32 != step:
-            polls += 1
-            if polls % _POLLS_BEFORE_CHECK == 0:
-                if self._device.idle() and int(self._ring[cell]) >> 32 != step:
-                    raise DeviceError(f"the device is idle, and token {step} never came")
-                time.sleep(0)
-        return int(self._ring[cell]) & 0xFFFFFFFF
-
-    def _drop_graphs(self) -> None:
+    def close(self) -> None:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
 
-    def close(self) -> None:
-        self._device.synchronise()
-        self._drop_graphs()
-        self._device.free(self._ring_address)
+
+class CUDABurst:
+    """See :class:`headrace.backend.Burst`."""
+
+    def __init__(
+        self, runner: CUDARunner, graphs: DecodeGraphs, rows: Sequence[DecodeRow], n_steps: int
+    ) -> None:
+        self._runner, self._graphs, self._rows = runner, graphs, rows
+        self._longest = max(len(row.tokens) for row in rows)
+        for i, row in enumerate(rows):
+            room = len(row.pages) * PAGE_SIZE - len(row.tokens) + 1
+            if n_steps > room:
+                raise ContextOverflowError(
+                    f"row {i}: {n_steps} tokens after {len(row.tokens)} do not fit "
+                    f"{len(row.pages)} pages of {PAGE_SIZE} positions"
+                )
+        self._bring(rows)
+        self._next = graphs.n_started + 1
+        self._end = self._next + n_steps
+
+    def _bring(self, rows: Sequence[DecodeRow]) -> None:
+        """The first step's inputs, and every row's request, to the device."""
+        n = len(rows)
+        table = np.zeros((n, max(len(row.pages) for row in rows)), np.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row.pages)] = row.pages
+        numbers = np.arange(n, dtype=np.int32)
+        tokens = np.array([row.tokens[-1] for row in rows], np.int32)
+        positions = np.array([len(row.tokens) - 1 for row in rows], np.int32)
+        batch = Batch(tokens, positions, numbers, table, numbers)
+        self._ticket = self._runner.bring(batch, table.shape[1])
+        self._runner.lowering.clear()
+        self._graphs.sampler.start(rows, self._graphs.n_started)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Choice]:
+        self._start_steps()
+        if self._next > self._graphs.n_started:
+            raise StopIteration
+        self._await(self._next)
+        choices = self._graphs.sampler.choices(self._next, self._rows)
+        self._next += 1
+        self._start_steps()  # the device must not wait for what the caller does with these
+        return choices
+
+    def stop(self) -> None:
+        self._end = min(self._end, self._graphs.n_started + 1)
+
+    def _start_steps(self) -> None:
+        if self._ticket != self._runner.ticket:
+            raise DeviceError("another step ran on this runner before the burst had ended")
+        graphs = self._graphs
+        while graphs.n_started + 1 < min(self._end, self._next + AHEAD):
+            graphs.launch(len(self._rows), self._longest)
+            self._longest += 1
+
+    def _await(self, step: int) -> None:
+        """Poll until the choices of ``step`` are here."""
+        sampler, n_rows, device = self._graphs.sampler, len(self._rows), self._runner.device
+        while not sampler.arrived(step, n_rows):
+            if device.idle() and not sampler.arrived(step, n_rows):
+                raise DeviceError(f"the device is idle, and the choices of step {step} never came")
+            time.sleep(0)  # let other threads of this process run

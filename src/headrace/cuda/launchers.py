@@ -10,7 +10,7 @@ Which kernel runs for what:
                       the projection's own epilogue does it
 ``attend``            all attention
 ``post_norm``         families with a norm after a projection
-``embed``, ``argmax`` the ends of a step
+``embed``, ``sample`` the ends of a step
 ``read``              the bandwidth ceiling, for benchmarks
 ``reorder``           once per matrix, at load
 ====================  ==========================================================================
@@ -38,6 +38,7 @@ from headrace.cuda.layout import (
     tile_block,
 )
 from headrace.errors import DeviceError
+from headrace.sampling import MAX_LOGPROBS
 
 GROUP = 16
 """Activations that share a scale."""
@@ -329,14 +330,42 @@ def post_norm(width: int, arguments: c.PostNorm, n_rows: int, *, eps: float) -> 
     return Launch(Specialisation.of("post_norm", constants), (n_rows, 1, 1), 512, 16 * 4, arguments)
 
 
-ARGMAX_BLOCKS = 64
+MAX_BIAS = 1024
+"""Biased ids of one row, at most (kernels/sample.cu, as is the next)."""
+REPORT_WORDS = 1 + 2 * MAX_LOGPROBS
+"""A row's report: its log-probability, then (id, log-probability) of the likeliest."""
 
 
-def argmax(n_vocab: int, arguments: c.Argmax) -> Launch:
-    constants = {"VOCABULARY": n_vocab, "WARPS": 8}
-    return Launch(
-        Specialisation.of("argmax", constants), (ARGMAX_BLOCKS, 1, 1), 256, 9 * 8, arguments
-    )
+@dataclass(frozen=True)
+class SampleShape:
+    """How a vocabulary is cut: ``subs`` sub-blocks of ``sub`` ids, shared by ``blocks`` blocks."""
+
+    n_vocab: int
+    sub: int = field(init=False)
+    subs: int = field(init=False)
+    blocks: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        sub = 64 * -(-self.n_vocab // (64 * 4096))
+        subs = -(-self.n_vocab // sub)
+        for name, value in (("sub", sub), ("subs", subs), ("blocks", max(1, min(64, subs // 8)))):
+            object.__setattr__(self, name, value)
+
+
+def sample(shape: SampleShape, arguments: c.Sample, n_rows: int) -> Launch:
+    warps = 16
+    constants = {
+        "VOCABULARY": shape.n_vocab,
+        "SUB": shape.sub,
+        "BLOCKS": shape.blocks,
+        "WARPS": warps,
+    }
+    chunk = -(-shape.subs // shape.blocks) * shape.sub
+    work = max(2 * 2048 * 4 + shape.subs * 4, shape.subs * 8, chunk * 8)
+    scratch = (2 * warps + 4) * 8 + MAX_LOGPROBS * 8
+    shared = work + -(-shape.subs * 2 // 16) * 16 + scratch
+    grid = (shape.blocks, n_rows, 1)
+    return Launch(Specialisation.of("sample", constants), grid, warps * 32, shared, arguments)
 
 
 def reorder(

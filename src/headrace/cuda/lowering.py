@@ -14,7 +14,7 @@ from headrace.cuda.device import Device, DeviceArray, Launch
 from headrace.cuda.launchers import GROUP, Activations, CacheShape, Tuning, padded
 from headrace.cuda.layout import FLOAT_TYPES
 from headrace.cuda.weights import WeightIndex, row_order
-from headrace.errors import ModelError
+from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Activation,
@@ -100,9 +100,6 @@ class Lowering:
         self.arena.reserve("attention splits", (rows, n_heads, most, dim), np.float32)
         self.arena.reserve("attention maxima", (rows, n_heads, most, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
-        self.arena.reserve("argmax best", (launchers.ARGMAX_BLOCKS,), np.uint64)
-        self.arena.reserve("argmax arrivals", (1,), np.uint32)
-        self.arena.reserve("argmax step", (1,), np.uint64)
 
     def _reads_floats(self, *linears: Linear) -> bool:
         return self.floats or any(
@@ -146,8 +143,13 @@ class Lowering:
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
-        for name in ("attention arrivals", "argmax arrivals"):
-            self.device.clear(self.arena[name].address, self.arena[name].n_bytes)
+        arrivals = self.arena["attention arrivals"]
+        self.device.clear(arrivals.address, arrivals.n_bytes)
+
+    def require_inputs(self) -> Inputs:
+        if self.inputs is None:
+            raise DeviceError("a step before allocate_cache: there is no KV cache yet")
+        return self.inputs
 
     # What runs
 
@@ -175,15 +177,13 @@ class Lowering:
         return self.weights.vector(self._gains[operation].weight)
 
     def _embed(self, op: Embed, step: Step) -> Iterator[Launch]:
-        assert self.inputs is not None
         matrix = self.weights.matrix(op.weight)
         x = self.activations("x").at(0)
-        arguments = c.Embed(matrix.address, self.inputs.tokens.address, x, self._gain(op))
+        arguments = c.Embed(matrix.address, self.require_inputs().tokens.address, x, self._gain(op))
         yield launchers.embed(matrix, arguments, step.n_rows, scale=op.scale)
 
     def _cache(self, layer: int) -> c.Cache:
-        assert self.inputs is not None
-        i, cache = self.inputs, self.caches[layer]
+        i, cache = self.require_inputs(), self.caches[layer]
         return c.Cache(
             cache.keys, cache.values, i.page_table.address, i.positions.address, i.slots.address,
             i.page_table.shape[1],
@@ -260,15 +260,6 @@ class Lowering:
                 macros={"LOGIT_SCALE": op.logit_scale, "SOFTCAP": op.softcap or 0.0},
             )  # fmt: skip
             done += n_rows
-
-    def argmax(self, ring: int, ring_size: int) -> Launch:
-        """The largest logit of row 0 becomes row 0's next token, one position on."""
-        assert self.inputs is not None
-        work = [self.arena[f"argmax {name}"].address for name in ("best", "arrivals")]
-        inputs = [self.inputs.tokens.address, self.inputs.positions.address]
-        step = self.arena["argmax step"].address
-        arguments = c.Argmax(self.arena["logits"].address, *work, *inputs, step, ring, ring_size)
-        return launchers.argmax(self.decoder.config.n_vocab, arguments)
 
 
 def _next_norms(decoder: Decoder) -> list[Norm]:

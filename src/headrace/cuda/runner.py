@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import PAGE_SIZE, Batch
+from headrace.backend import PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda.arena import Arena
+from headrace.cuda.decode import CUDABurst, DecodeGraphs
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.launchers import Tuning
 from headrace.cuda.lowering import Inputs, LayerCache, Lowering, Step, runs
+from headrace.cuda.sampling import DeviceSampler, can_sample
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Head
+from headrace.sampling import SamplingParams
 
 _PLANS_KEPT = 64
 
@@ -50,7 +53,9 @@ class CUDARunner:
             floats=float_activations, tuning=tuning or Tuning(),
         )  # fmt: skip
         self._cache: Arena | None = None
-        self.cache_generation = 0  # changes when the cache's addresses do
+        self._graphs: DecodeGraphs | None = None
+        self.ticket = 0
+        """Counts the batches brought: whoever brought the last one owns the inputs."""
         self._plans: dict[Step, list[Launch]] = {}
         self._closed = False
         try:
@@ -111,9 +116,13 @@ class CUDARunner:
 
     def _drop_cache(self) -> None:
         self._plans.clear()
-        self.cache_generation += 1
+        self.ticket += 1
         if self._cache is not None:
             self.device.synchronise()
+            if self._graphs is not None:
+                self._graphs.close()
+                self._graphs.sampler.close()
+                self._graphs = None
             self._cache.free(self.device)
         self._cache, self._lowering.inputs, self._lowering.caches = None, None, []
 
@@ -141,7 +150,7 @@ class CUDARunner:
         return self.device.download(wanted)
 
     def _run(self, batch: Batch, logit_runs: tuple[tuple[int, int], ...]) -> None:
-        self._upload(batch)
+        self.bring(batch)
         longest = int(batch.positions.max()) + 1
         step = Step(len(batch.tokens), 1 << (longest - 1).bit_length(), logit_runs)
         plan = self._plans.get(step)
@@ -153,12 +162,12 @@ class CUDARunner:
         for launch in plan:
             self.device.launch(launch)
 
-    def _upload(self, batch: Batch, n_table: int | None = None) -> None:
-        """Rows and the pages of the slots they use, renumbered, in one copy. ``n_table``: pages of
-        each slot to bring, those of the positions alone unless given."""
-        inputs = self._lowering.inputs
-        if inputs is None:
-            raise DeviceError("a step before allocate_cache")
+    def bring(self, batch: Batch, n_table: int | None = None) -> int:
+        """Rows and the pages of the slots they use, renumbered, in one copy; returns the ticket.
+
+        ``n_table``: pages of each slot to bring, those of the positions alone unless given.
+        """
+        inputs = self._lowering.require_inputs()
         n, rows, n_pages = len(batch.tokens), *inputs.page_table.shape
         n_vocab = self.decoder.config.n_vocab
         if n == 0 or batch.tokens.min() < 0 or batch.tokens.max() >= n_vocab:
@@ -180,12 +189,27 @@ class CUDARunner:
         table = packed[3 * rows :].reshape(len(used), n_pages)
         table[:, :columns] = batch.page_table[used, :columns]
         self.device.upload(inputs.tokens.address, packed)
+        self.ticket += 1
+        return self.ticket
 
-    def set_row(self, token: int, position: int, pages: Sequence[int]) -> None:
-        """Row 0 of the next step, of a sequence whose position p lies in ``pages[p // 64]``."""
-        table = np.array([pages], np.int32)
-        tokens, positions, zero = (np.array([value], np.int32) for value in (token, position, 0))
-        self._upload(Batch(tokens, positions, zero, table, zero), table.shape[1])
+    def can_sample(self, params: SamplingParams) -> bool:
+        return can_sample(params)
+
+    def decode(self, rows: Sequence[DecodeRow], n_steps: int) -> CUDABurst:
+        """See :class:`headrace.backend.DecodingRunner`."""
+        if not 0 < len(rows) <= self._lowering.max_rows:
+            raise DeviceError(f"{len(rows)} rows in a burst of 1 to {self._lowering.max_rows}")
+        return CUDABurst(self, self._decode_graphs(), rows, n_steps)
+
+    def _decode_graphs(self) -> DecodeGraphs:
+        """Made with the first burst: whoever only runs steps needs no sampler."""
+        if self._graphs is None:
+            n_pages = self._lowering.require_inputs().page_table.shape[1]
+            config = self.decoder.config
+            capacity = min(n_pages * PAGE_SIZE, config.context_length)
+            sampler = DeviceSampler(self.device, config.n_vocab, self._lowering.max_rows, capacity)
+            self._graphs = DecodeGraphs(self, sampler)
+        return self._graphs
 
     def copy_page(self, source: int, target: int) -> None:
         if self._cache is None:

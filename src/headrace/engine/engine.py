@@ -16,7 +16,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import Batch, Runner
+from headrace.backend import Batch, Choice, DecodingRunner, Runner
+from headrace.engine.burst import RunningBurst, burst_rows
 from headrace.engine.pages import PagePool
 from headrace.engine.request import FinishReason, Request
 from headrace.engine.scheduler import Chunk, Scheduler, pages_for
@@ -81,6 +82,7 @@ class Engine:
         self._lock = threading.Lock()  # over all but the two queues below
         self._added: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
+        self._burst: RunningBurst | None = None
 
     def add(self, request: Request, sink: Sink) -> Sequence:
         """Queue ``request``; its events go to ``sink``, the last one with a ``finish_reason``.
@@ -104,12 +106,15 @@ class Engine:
         An error in it ends the sequences that cause it, with an ``"error"`` event, and no others.
         """
         with self._lock:
-            self._take_added()
-            chunks = self.scheduler.plan()
-            if chunks:
-                self._run(chunks)
+            if self._take_added() and self._burst is not None:
+                self._burst.stop()
+            ran = self._continue_burst()
+            if not ran and (chunks := self.scheduler.plan()):
+                ran = True
+                if not self._start_burst(chunks):
+                    self._run(chunks)
         self._end_cancelled()
-        return bool(chunks)
+        return ran
 
     @property
     def n_running(self) -> int:
@@ -128,6 +133,7 @@ class Engine:
         ids = self._checked_ids(tokens)
         logits = np.empty((len(ids), self.n_vocab), np.float32)
         with self._lock:
+            self._end_burst()
             pages = self._allocate(pages_for(len(ids)))
             try:
                 for batch in _batches(ids, pages, self.chunk):
@@ -148,6 +154,7 @@ class Engine:
         try:
             for batch in _batches(ids, pages, chunk):
                 with self._lock:
+                    self._end_burst()
                     states = self.runner.hidden(batch)
                 yield states
         finally:
@@ -157,6 +164,7 @@ class Engine:
     def close(self) -> None:
         """Cancel everything and release the device. Idempotent."""
         with self._lock:
+            self._burst = None
             self._take_added()
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
                 self._finish(sequence, "cancelled", Event(sequence))
@@ -187,9 +195,12 @@ class Engine:
         for page in pages:
             self.pool.release(page)
 
-    def _take_added(self) -> None:
+    def _take_added(self) -> bool:
+        """Hand new sequences to the scheduler; whether there were any."""
+        any_added = bool(self._added)
         while self._added:
             self.scheduler.add(self._added.popleft())
+        return any_added
 
     def _end_cancelled(self) -> None:
         """Whoever holds the lock ends all that are cancelled, and looks again after releasing it:
@@ -203,6 +214,52 @@ class Engine:
                         self._finish(sequence, "cancelled", Event(sequence))
             finally:
                 self._lock.release()
+
+    def _start_burst(self, chunks: list[Chunk]) -> bool:
+        """Let the device choose the next tokens, if it can for all of ``chunks``."""
+        runner = self.runner
+        if not isinstance(runner, DecodingRunner):
+            return False
+        if (planned := burst_rows(runner, self.scheduler, chunks)) is None:
+            return False
+        rows, n_steps = planned
+        sequences = [chunk.sequence for chunk in chunks]
+        try:
+            self._burst = RunningBurst(sequences, runner.decode(rows, n_steps))
+        except Exception as error:
+            for sequence in sequences:
+                self._fail(sequence, error)
+            return True
+        return self._continue_burst()
+
+    def _continue_burst(self) -> bool:
+        """Take one step's choices from the device; False when no burst is running (any more)."""
+        burst = self._burst
+        if burst is None:
+            return False
+        try:
+            choices = burst.next()
+        except Exception as error:
+            self._burst = None
+            for sequence in burst.sequences:
+                if not sequence.finished:
+                    self._fail(sequence, error)
+            return True
+        if choices is None:
+            self._burst = None
+            return False
+        for sequence, choice in zip(burst.sequences, choices, strict=True):
+            if not sequence.finished:
+                self.scheduler.advance(Chunk(sequence, 1))
+                sequence.sampler.accept(choice.token)
+                self._take(sequence, choice)
+        return True
+
+    def _end_burst(self) -> None:
+        """Take what the device has under way, so that other work may run on it."""
+        while self._burst is not None:
+            self._burst.stop()
+            self._continue_burst()
 
     def _run(self, chunks: list[Chunk]) -> None:
         """Run the chunks in one step; should it fail, one by one, to find whose fault it is.
@@ -226,16 +283,24 @@ class Engine:
                 self._sample(chunk.sequence, next(rows))
 
     def _sample(self, sequence: Sequence, logits: Logits) -> None:
-        """Choose the next token of ``sequence`` and tell its sink."""
+        """Choose the next token of ``sequence`` from its logits."""
         try:
-            token, logprob = sequence.sampler.sample(logits, sequence.request.tokens)
-            sequence.clock.tick()
-            ends = sequence.ends_with(token)
-            text = "" if ends else sequence.append(token, logprob)
+            choice = Choice(*sequence.sampler.sample(logits, sequence.request.tokens))
         except Exception as error:
             self._fail(sequence, error)
             return
-        event = Event(sequence) if ends else Event(sequence, text, token, logprob)
+        self._take(sequence, choice)
+
+    def _take(self, sequence: Sequence, choice: Choice) -> None:
+        """Add a chosen token to ``sequence`` and tell its sink."""
+        try:
+            sequence.clock.tick()
+            ends = sequence.ends_with(choice.token)
+            text = "" if ends else sequence.append(*choice)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        event = Event(sequence) if ends else Event(sequence, text, *choice)
         if ends or sequence.stopped:
             self._finish(sequence, "stop", event)
         elif sequence.n_generated == sequence.max_tokens:

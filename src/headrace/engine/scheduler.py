@@ -121,6 +121,16 @@ class Scheduler:
         """The chunk's keys and values are in the cache."""
         chunk.sequence.advance(chunk.n_rows, self.pool)
 
+    def reserve_ahead(self, sequences: list[Sequence], n_steps: int) -> int:
+        """Pages for ``n_steps`` more tokens of each, as far as free ones go; returns the number of
+        steps they last, at least the one that :meth:`plan` provided for."""
+        for sequence in sequences:
+            wanted = pages_for(sequence.n_computed + n_steps)
+            while sequence.slot is not None and len(sequence.pages) < wanted and self.pool.n_free:
+                self._append_page(sequence, sequence.slot, self.pool.allocate())
+        room = (len(s.pages) * PAGE_SIZE - s.n_computed for s in sequences)
+        return min(n_steps, *room)
+
     def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Forget a sequence and release its pages; ``keep`` lets others continue the last one."""
         if sequence.slot is None:

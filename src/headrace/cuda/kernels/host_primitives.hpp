@@ -335,6 +335,7 @@ DEVICE void prefetch_l2(const void* p) { (void)*(const volatile u8*)p; }  // Add
 DEVICE void fence_device() {}
 DEVICE void fence_system() {}
 DEVICE u32 atomic_add(u32* p, u32 v) { const u32 old = *p; *p += v; return old; }
+DEVICE void atomic_or(u32* p, u32 v) { *p |= v; }
 DEVICE void store_release_system(u64* p, u64 v) { *(volatile u64*)p = v; }
 DEVICE void dependency_wait() {}
 DEVICE void dependents_launch() {}

@@ -39,6 +39,7 @@ DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];"
 DEVICE void fence_device() { __threadfence(); }
 DEVICE void fence_system() { __threadfence_system(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+DEVICE void atomic_or(u32* p, u32 v) { atomicOr(p, v); }
 DEVICE void store_release_system(u64* p, u64 v) { fence_system(); *(volatile u64*)p = v; }
 
 // Programmatic dependent launch: a kernel may start before its predecessor has ended, and waits
