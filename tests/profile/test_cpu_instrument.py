@@ -12,7 +12,7 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 
 from headrace.cpu import ceilings, clock, isa
-from headrace.cpu.instrument import parts, read_clock, seconds_per_count
+from headrace.cpu.instrument import parts, phase_ends, read_clock, seconds_per_count
 from headrace.cpu.ir import i64
 from headrace.cpu.runner import MAX_ROWS, CPURunner
 from headrace.errors import DeviceError
@@ -105,6 +105,34 @@ def test_steps_beside_a_timed_one_are_not_timed(runner):
 def test_a_step_that_takes_several_passes_is_refused(runner):
     with pytest.raises(DeviceError, match=f"{MAX_ROWS + 1} rows, at most {MAX_ROWS}"):
         runner.instrument().timed_step(one_sequence([1] * (MAX_ROWS + 1)))
+
+
+# Three members, two phases: member 0 begins at 100.
+STAMPS = np.array(
+    [
+        [[100, 100], [150, 210], [300, 330]],  # waits 50 for the others, goes on 10 late
+        [[90, 90], [200, 201], [280, 330]],  # the last to end the first phase
+        [[140, 140], [190, 205], [320, 7]],  # began 40 late; its last note is still to come
+    ]
+)
+
+
+def test_a_phase_ends_as_its_last_member_does():
+    ends, waiting = phase_ends(STAMPS)
+    assert ends == [100, 200, 320]
+    assert waiting == pytest.approx([(50 + 0 + (40 + 10)) / 3, (10 + 20 + (1 + 40) + 5) / 3])
+    alone, nothing = phase_ends(STAMPS[:1])
+    assert (alone, nothing) == ([100, 150, 300], [0, 60])
+
+
+def test_clocks_that_disagree_are_brought_together():
+    """Nobody goes on before everybody has ended: that bounds the difference."""
+    shifted = STAMPS + np.array([0, 1_000_000, -1_000_000])[:, None, None]
+    ends, waiting = phase_ends(shifted)
+    assert ends[0] == 100
+    assert 150 <= ends[1] <= 210
+    assert 300 <= ends[2] <= 400
+    assert all(0 <= each <= 120 for each in waiting)
 
 
 def test_the_clock_keeps_the_hosts_time():

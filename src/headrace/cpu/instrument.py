@@ -1,8 +1,7 @@
 """Times the parts of a CPU step: the cycle clock around each phase, inside the compiled call.
 
-Every member of the team notes when it ended its share of a phase and when all others had. A phase
-lasts from one barrier to the next as member 0 sees it; the differences are each member's own, so
-clocks need not agree between cores.
+Every member of the team notes when it ended its share of a phase, and when it went on after the
+barrier: all that is needed to say how long a phase took, and how much of it somebody waited.
 """
 
 from __future__ import annotations
@@ -37,6 +36,9 @@ from headrace.model.operations import (
 
 _QUANTISED_BYTES = 2.0
 """An int8, and its sixteenth of a ``matmul.GROUP_RECORD``."""
+
+_ANY = 1 << 62
+"""No bound on a difference of clocks."""
 
 _MATMULS = {
     ProjectQKV: "q/k/v matmul",
@@ -110,15 +112,10 @@ class CPUInstrument:
     def spans(self) -> list[Span]:
         start, stepped, chosen, whole = self._host
         parts = self._parts if whole else self._parts[: self._n_layered]
-        before, after = self._stamps[:, :, 0], self._stamps[:, :, 1]
-        ends = after[0].tolist()
-        # Late at one barrier, member 0 is waited for at the next: no longer than that phase. And a
-        # member may be about to note the last one.
-        waits = (after - before)[:, 1:].mean(axis=0)
-        waiting = np.clip(waits, 0, np.diff(after[0])).tolist()
+        ends, waiting = phase_ends(self._stamps[:, : 1 + len(parts)])
         spans = [self._span(self._prepare, start, ends[0])]
-        for i, part in enumerate(parts, 1):
-            spans.append(self._span(part, ends[i - 1], ends[i], waiting[i - 1]))
+        for i, part in enumerate(parts):
+            spans.append(self._span(part, ends[i], ends[i + 1], waiting[i]))
         if whole:
             if self._scaled:
                 spans.append(self._span(self._finish, ends[-1], stepped))
@@ -135,6 +132,25 @@ class CPUInstrument:
         return Ceilings(
             read_bandwidth(self._n_threads), ceilings.flops_per_second(self._isa, self._n_threads)
         )
+
+
+def phase_ends(stamps: NDArray[np.int64]) -> tuple[list[int], list[float]]:
+    """When member 0 began and each phase ended; how long the average member waited in each.
+
+    ``stamps``: int64 [members, 1 + phases, 2], where a member ended its share and where it went on.
+    A phase ends as the last member does. One that goes on late, because its core did something
+    else, has waited as well.
+    """
+    ended, went_on = stamps[..., 0], stamps[:, :-1, 1]  # a member may be about to note the last
+    # Cores whose clocks disagree: everybody has ended a phase before anybody goes on.
+    low = (ended[:, 1:-1] - went_on[0, 1:]).max(axis=1, initial=-_ANY)
+    high = (went_on[:, 1:] - ended[0, 1:-1]).min(axis=1, initial=_ANY)
+    offset = np.clip(0, low, high)[:, None]
+    ended, went_on = ended - offset, went_on - offset
+    ends = ended.max(axis=0)
+    ends[0] = ended[0, 0]
+    waited = ends[1:] - ended[:, 1:] + np.maximum(went_on - ends[:-1], 0)
+    return ends.tolist(), np.minimum(waited.mean(axis=0), np.diff(ends)).tolist()
 
 
 def parts(decoder: Decoder) -> list[Part]:

@@ -265,19 +265,19 @@ def _attend(c, op, n_rows, n_threads, counter, scratch):
 
 
 @compiled
-def _stamp(stamps, phase, before):
-    """Note that this member ended its share of ``phase`` at ``before``, and went on now."""
-    pair = view(stamps + 16 * phase, 2, nb.int64)
-    pair[0], pair[1] = before, cycle_count()
+def _stamp(stamps, phase, which):
+    """Note the clock: where this member ends its share of ``phase`` (0), or goes on (1)."""
+    view(stamps + 16 * phase, 2, nb.int64)[which] = cycle_count()
 
 
 @compiled
 def _end_phase(shared, n_threads, stamps, phase):
     """Wait for the others; returns the number of the next phase. ``stamps``: 0 for none."""
-    before = cycle_count() if stamps else 0
+    if stamps:
+        _stamp(stamps, phase, 0)
     barrier(shared, n_threads)
     if stamps:
-        _stamp(stamps, phase, before)
+        _stamp(stamps, phase, 1)
     return phase + 1
 
 
@@ -295,7 +295,8 @@ def _run(c, member, n_threads, shared):
     # Read once: when member 0 has left the last barrier, the host may end the timing.
     stamps = c.stamps + 16 * member * c.n_stamps if c.stamps else 0
     if stamps:
-        _stamp(stamps, 0, cycle_count())
+        _stamp(stamps, 0, 0)
+        _stamp(stamps, 0, 1)
     phase = 1
     for o in range(c.first, c.last):
         op = operations[o]

@@ -79,6 +79,13 @@ def profile_runner(
 
 
 @dataclass
+class _Step:
+    batch: Batch
+    seconds: float
+    spans: list[Span]
+
+
+@dataclass
 class _Timed:
     """A sample, and by part: its seconds, its waiting, and its cost."""
 
@@ -101,37 +108,36 @@ class _Session:
 
     def pair(self, start: int, n: int, turn: int) -> tuple[float, _Timed]:
         """The same ``n`` positions without time stamps and with them, whose turn it is first."""
-        if turn % 2:
-            timed = self._timed(start, n)
-            return self._plain(start, n), timed
-        plain = self._plain(start, n)
-        return plain, self._timed(start, n)
+        # What was told of the last pair took time: wake who fell asleep meanwhile.
+        self._instrument.plain_step(next(self._batches(start, 1)))
+        steps: dict[bool, list[_Step]] = {}
+        for timed in (True, False) if turn % 2 else (False, True):
+            steps[timed] = list(self._run(start, n, timed))
+        steps[True][-1].spans = self._instrument.spans()
+        return sum(step.seconds for step in steps[False]), self._account(steps[True])
 
-    def _plain(self, start: int, n: int) -> float:
-        seconds = 0.0
+    def _run(self, start: int, n: int, timed: bool) -> Iterator[_Step]:
+        """The spans of the last step are left for later, so that the other run follows at once."""
+        step = self._instrument.timed_step if timed else self._instrument.plain_step
         for batch in self._batches(start, n):
             begin = time.perf_counter()
-            token = self._instrument.plain_step(batch)
-            seconds += time.perf_counter() - begin
-            self._note(start + n, token)
-        return seconds
+            token = step(batch)
+            seconds = time.perf_counter() - begin
+            if token is not None and start + n < len(self._tokens):
+                self._tokens[start + n] = token
+            more = timed and token is None
+            yield _Step(batch, seconds, self._instrument.spans() if more else [])
 
-    def _timed(self, start: int, n: int) -> _Timed:
+    def _account(self, steps: list[_Step]) -> _Timed:
         seconds = gaps = outside = 0.0
-        spans: list[Span] = []
         parts: dict[Part, tuple[float, float, Cost]] = {}
-        for batch in self._batches(start, n):
-            begin = time.perf_counter()
-            token = self._instrument.timed_step(batch)
-            taken = time.perf_counter() - begin
-            self._note(start + n, token)
-            step = self._instrument.spans()
-            between = self._attribute(step, Rows.of(batch), parts)
-            covered = sum(own for own, _ in attributed(step))
-            seconds, gaps = seconds + taken, gaps + between
-            outside += taken - covered - between
-            spans += step
-        return _Timed(Sample(seconds, tuple(spans), gaps, outside), parts)
+        for step in steps:
+            between = self._attribute(step.spans, Rows.of(step.batch), parts)
+            covered = sum(own for own, _ in attributed(step.spans))
+            seconds, gaps = seconds + step.seconds, gaps + between
+            outside += step.seconds - covered - between
+        spans = tuple(span for step in steps for span in step.spans)
+        return _Timed(Sample(seconds, spans, gaps, outside), parts)
 
     def _attribute(
         self, spans: list[Span], rows: Rows, parts: dict[Part, tuple[float, float, Cost]]
@@ -147,10 +153,6 @@ class _Session:
             if i and not part.host and not spans[i - 1].part.host:
                 gaps += gap
         return gaps
-
-    def _note(self, position: int, token: int | None) -> None:
-        if token is not None and position < len(self._tokens):
-            self._tokens[position] = token
 
     def _batches(self, start: int, n: int, logits: bool = True) -> Iterator[Batch]:
         """``n`` positions from ``start`` in steps of at most ``max_rows``; logits of the last."""
