@@ -29,6 +29,8 @@ from headrace.errors import (
 if TYPE_CHECKING:
     from headrace.api import Model, Options, TextStream, load
     from headrace.engine.request import Completion, Timings
+    from headrace.profile import profile_model
+    from headrace.profile.result import Profile
     from headrace.sampling import SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ __all__ = [
     "Model",
     "ModelError",
     "Options",
+    "Profile",
     "RequestError",
     "SamplingParams",
     "TemplateError",
@@ -52,17 +55,20 @@ __all__ = [
     "TokenLogprob",
     "TokenizerError",
     "load",
+    "profile_model",
 ]
 
 _LAZY = {
     "Completion": "headrace.engine.request",
     "Model": "headrace.api",
     "Options": "headrace.api",
+    "Profile": "headrace.profile.result",
     "SamplingParams": "headrace.sampling",
     "TextStream": "headrace.api",
     "Timings": "headrace.engine.request",
     "TokenLogprob": "headrace.sampling",
     "load": "headrace.api",
+    "profile_model": "headrace.profile",
 }
 
 

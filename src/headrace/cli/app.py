@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import headrace
-from headrace.cli import bench, bench_serve, chat, info, models, ppl, pull, run, serve, synth
+from headrace.cli import (
+    bench,
+    bench_serve,
+    chat,
+    info,
+    models,
+    ppl,
+    profile,
+    pull,
+    run,
+    serve,
+    synth,
+)
 
 app = typer.Typer(
     name="headrace",
@@ -49,6 +61,7 @@ app.command()(info.info)
 app.command()(pull.pull)
 app.command()(models.models)
 app.command()(bench.bench)
+app.command()(profile.profile)
 app.command()(ppl.ppl)
 app.command()(synth.synth)
 app.command()(serve.serve)
