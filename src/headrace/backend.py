@@ -110,6 +110,9 @@ class Burst(Protocol):
 class DecodingRunner(Protocol):
     """A runner that can also choose tokens, with ``headrace.sampling``'s results."""
 
+    @property
+    def max_burst_rows(self) -> int: ...
+
     def can_sample(self, params: SamplingParams) -> bool: ...
 
     def decode(self, rows: Sequence[DecodeRow], n_steps: int) -> Burst:

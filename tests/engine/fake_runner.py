@@ -136,6 +136,7 @@ class FakeDecodingRunner(FakeRunner):
     """Chooses tokens itself, ``AHEAD`` steps before they are asked for, as a device does."""
 
     AHEAD = 4
+    max_burst_rows = 64
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)

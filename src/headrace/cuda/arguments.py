@@ -80,6 +80,10 @@ class Embed(Structure):
     _fields_ = [("weights", c_void_p), ("tokens", c_void_p), ("x", Rows), ("gain", c_void_p)]
 
 
+class Quantise(Structure):
+    _fields_ = [("source", c_void_p), ("gain", c_void_p), ("x", Rows)]
+
+
 class PostNorm(Structure):
     _fields_ = [("y", c_void_p), ("post_gain", c_void_p), ("x", Rows), ("gain", c_void_p)]
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
 from headrace.backend import PAGE_SIZE, Batch, Choice, DecodeRow
 from headrace.cuda.device import Graph
+from headrace.cuda.executor import Executor
 from headrace.cuda.lowering import Step
 from headrace.cuda.sampling import DeviceSampler
 from headrace.errors import ContextOverflowError, DeviceError
-
-if TYPE_CHECKING:
-    from headrace.cuda.runner import CUDARunner
 
 AHEAD = 4
 """Steps the host launches before it has seen the choices of an earlier one."""
@@ -33,8 +31,8 @@ _SHORTEST = 64
 class DecodeGraphs:
     """The graphs of one cache: one for each number of rows and power of two of the length."""
 
-    def __init__(self, runner: CUDARunner, sampler: DeviceSampler) -> None:
-        self._runner, self.sampler = runner, sampler
+    def __init__(self, executor: Executor, sampler: DeviceSampler) -> None:
+        self.executor, self.sampler = executor, sampler
         self._graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         self.n_started = 0
         """Steps launched, from burst to burst: a step that ends late writes a number nobody waits
@@ -56,7 +54,7 @@ class DecodeGraphs:
         return graph
 
     def _capture(self, n_rows: int, longest: int) -> Graph:
-        lowering, device = self._runner.lowering, self._runner.device
+        lowering, device = self.executor.lowering, self.executor.device
         inputs = lowering.require_inputs()
         launches = [
             *lowering.launches(Step(n_rows, longest, ((0, n_rows),))),
@@ -79,10 +77,8 @@ class DecodeGraphs:
 class CUDABurst:
     """See :class:`headrace.backend.Burst`."""
 
-    def __init__(
-        self, runner: CUDARunner, graphs: DecodeGraphs, rows: Sequence[DecodeRow], n_steps: int
-    ) -> None:
-        self._runner, self._graphs, self._rows = runner, graphs, rows
+    def __init__(self, graphs: DecodeGraphs, rows: Sequence[DecodeRow], n_steps: int) -> None:
+        self._executor, self._graphs, self._rows = graphs.executor, graphs, rows
         self._longest = max(len(row.tokens) for row in rows)
         for i, row in enumerate(rows):
             room = len(row.pages) * PAGE_SIZE - len(row.tokens) + 1
@@ -105,8 +101,8 @@ class CUDABurst:
         tokens = np.array([row.tokens[-1] for row in rows], np.int32)
         positions = np.array([len(row.tokens) - 1 for row in rows], np.int32)
         batch = Batch(tokens, positions, numbers, table, numbers)
-        self._ticket = self._runner.bring(batch, table.shape[1])
-        self._runner.lowering.clear()
+        self._ticket = self._executor.bring(batch, table.shape[1])
+        self._executor.lowering.clear()
         self._graphs.sampler.start(rows, self._graphs.n_started)
 
     def __iter__(self) -> Self:
@@ -126,7 +122,7 @@ class CUDABurst:
         self._end = min(self._end, self._graphs.n_started + 1)
 
     def _start_steps(self) -> None:
-        if self._ticket != self._runner.ticket:
+        if self._ticket != self._executor.ticket:
             raise DeviceError("another step ran on this runner before the burst had ended")
         graphs = self._graphs
         while graphs.n_started + 1 < min(self._end, self._next + AHEAD):
@@ -135,7 +131,7 @@ class CUDABurst:
 
     def _await(self, step: int) -> None:
         """Poll until the choices of ``step`` are here."""
-        sampler, n_rows, device = self._graphs.sampler, len(self._rows), self._runner.device
+        sampler, n_rows, device = self._graphs.sampler, len(self._rows), self._executor.device
         while not sampler.arrived(step, n_rows):
             if device.idle() and not sampler.arrived(step, n_rows):
                 raise DeviceError(f"the device is idle, and the choices of step {step} never came")

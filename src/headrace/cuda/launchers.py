@@ -11,6 +11,7 @@ Which kernel runs for what:
 ``attend``            all attention
 ``post_norm``         families with a norm after a projection
 ``embed``, ``sample`` the ends of a step
+``quantise``          rows given from outside a step (executor.py)
 ``read``              the bandwidth ceiling, for benchmarks
 ``reorder``           once per matrix, at load
 ====================  ==========================================================================
@@ -323,6 +324,12 @@ def embed(matrix: Matrix, arguments: c.Embed, n_rows: int, *, scale: float) -> L
     grid = (-(-matrix.layout.k // TILE_COLUMNS), n_rows, 1)
     shared = TILE_COLUMNS // GROUP * (GROUP + 1) * 4
     return Launch(Specialisation.of("embed", constants), grid, 256, shared, arguments)
+
+
+def quantise(width: int, arguments: c.Quantise, n_rows: int) -> Launch:
+    constants = {"K": width, "WARPS": 8}
+    grid = (-(-width // 256), n_rows, 1)
+    return Launch(Specialisation.of("quantise", constants), grid, 256, 0, arguments)
 
 
 def post_norm(width: int, arguments: c.PostNorm, n_rows: int, *, eps: float) -> Launch:

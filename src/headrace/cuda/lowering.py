@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from headrace.cuda import arguments as c
 from headrace.cuda import launchers
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
-from headrace.cuda.launchers import GROUP, Activations, CacheShape, Tuning, padded
+from headrace.cuda.launchers import GROUP, Activations, CacheShape, Matrix, Tuning, padded
 from headrace.cuda.layout import FLOAT_TYPES
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
@@ -30,7 +30,7 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-_ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
+ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Lowering:
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
         self.arena = Arena("activations")
-        self.caches: list[LayerCache] = []
+        self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, _next_norms(decoder), strict=True))
         self.cache_shapes = _cache_shapes(decoder)
@@ -80,19 +80,24 @@ class Lowering:
     def _reserve(self) -> None:
         config, rows, operations = self.decoder.config, self.max_rows, self.decoder.operations
         projections = [op for op in operations if isinstance(op, ProjectQKV)]
-        heads = max(op.n_heads * op.head_dim for op in projections)
+        outs = [op.out for op in operations if isinstance(op, ProjectOut)]
+        downs = [op.down for op in operations if isinstance(op, FeedForwardOut)]
+        qkv = max(op.q.n + op.k.n + op.v.n for op in projections)
+        heads, d_ff = max(linear.k for linear in outs), max(linear.k for linear in downs)
+        self._widths = {"x": config.d_model, "attention": heads, "hidden": d_ff}
         self._reserve_activations("x", config.d_model, values=True, squares=True)
-        out_floats = any(
-            self._reads_floats(op.out) for op in operations if isinstance(op, ProjectOut)
-        )
-        self._reserve_activations("attention", heads, values=out_floats)
-        down = [op.down for op in operations if isinstance(op, FeedForwardOut)]
-        hidden_floats = any(self._reads_floats(linear) for linear in down)
-        self._reserve_activations("hidden", max(linear.k for linear in down), values=hidden_floats)
+        self._reserve_activations("attention", heads, values=self._reads_floats(*outs))
+        self._reserve_activations("hidden", d_ff, values=self._reads_floats(*downs))
         self.arena.reserve("q", (rows, heads), np.float32)
-        widest = max(op.q.n + op.k.n + op.v.n for op in projections)
-        self.arena.reserve("dense", (rows, max(config.d_model, widest)), np.float32)
+        self.arena.reserve("dense", (rows, max(config.d_model, qkv)), np.float32)
         self.arena.reserve("logits", (rows, config.n_vocab), np.float32)
+        # For single operations on rows from outside (executor.py).
+        widest = max(config.d_model, heads, d_ff)
+        self._widths["given"] = widest
+        self._reserve_activations("given", widest, values=True)
+        self.arena.reserve("given rows", (rows, max(widest, qkv)), np.float32)
+        self.arena.reserve("given hidden", (rows, d_ff), np.float32)
+        self.arena.reserve("result", (rows, max(widest, qkv)), np.float32)
         shapes = self.cache_shapes.values()
         blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
         n_heads, dim = max(s.n_heads for s in shapes), max(s.cache_dim for s in shapes)
@@ -119,27 +124,13 @@ class Lowering:
         if squares:
             self.arena.reserve(f"{name} squares", (self.max_rows, width // GROUP), np.float32)
 
-    def activations(self, name: str) -> Activations:
-        def get(part: str) -> DeviceArray | None:
-            key = f"{name} {part}"
-            return self.arena.get(key)
-
-        quants = self.arena[f"{name} quants"]
-        width = {"x": self.decoder.config.d_model}.get(name) or self._width(name)
+    def activations(self, name: str, width: int | None = None) -> Activations:
+        """``width``: of the rows, if less than there is room for."""
+        arena = self.arena
         return Activations(
-            width,
-            self.max_rows,
-            get("values"),
-            quants,
-            self.arena[f"{name} scales"],
-            get("squares"),
-        )
-
-    def _width(self, name: str) -> int:
-        operations = self.decoder.operations
-        if name == "hidden":
-            return max(op.down.k for op in operations if isinstance(op, FeedForwardOut))
-        return max(op.n_heads * op.head_dim for op in operations if isinstance(op, ProjectQKV))
+            width or self._widths[name], self.max_rows, arena.get(f"{name} values"),
+            arena[f"{name} quants"], arena[f"{name} scales"], arena.get(f"{name} squares"),
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
@@ -163,7 +154,7 @@ class Lowering:
             case ProjectQKV():
                 yield from self._project_qkv(operation, step)
             case Attend():
-                yield from self._attend(operation, step)
+                yield self.attend(operation, step)
             case ProjectOut(out=linear, post_norm=post_norm):
                 yield from self._residual(operation, "attention", linear, post_norm, step)
             case FeedForwardIn():
@@ -190,36 +181,47 @@ class Lowering:
         )  # fmt: skip
 
     def _project_qkv(self, op: ProjectQKV, step: Step) -> Iterator[Launch]:
-        shape, order = self.cache_shapes[op.layer], row_order(op)
-        w = self.weights
-        matrices = [w.linear(op.q, order), w.linear(op.k, order), w.linear(op.v)]
-        cache, turns, q = self._cache(op.layer), w.turns(op.rope), self.arena["q"].address
-        norms = [op.q_norm, op.k_norm]
-        separate = any(norms)
-        dense = self.arena["dense"].address
+        shape, w = self.cache_shapes[op.layer], self.weights
+        separate = op.q_norm is not None or op.k_norm is not None
+        dense, q = self.arena["dense"].address, self.arena["q"].address
         yield launchers.matvec(
-            self.device, matrices, self.activations("x"),
-            c.Store(dense) if separate else c.Rotary(q, cache, turns), step.n_rows,
+            self.device, self.qkv(op), self.activations("x"),
+            c.Store(dense) if separate else c.Rotary(q, self._cache(op.layer), w.turns(op.rope)),
+            step.n_rows,
             norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
             macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if separate else shape.macros,
             tuning=self.tuning,
         )  # fmt: skip
         if separate:
-            gains = [w.vector(norm.weight, order) if norm else 0 for norm in norms]
-            eps = {norm.eps for norm in norms if norm}
-            if len(eps) > 1:
-                raise ModelError(f"layer {op.layer}: q and k norms with different epsilons {eps}")
-            yield launchers.rotary(
-                shape, c.RotaryHeads(dense, *gains, q, cache, turns), step.n_rows,
-                eps=eps.pop(), q_norm=op.q_norm is not None, k_norm=op.k_norm is not None,
-            )  # fmt: skip
+            yield self.rotary(op, dense, step)
 
-    def _attend(self, op: Attend, step: Step) -> Iterator[Launch]:
+    def qkv(self, op: ProjectQKV) -> list[Matrix]:
+        linear, order = self.weights.linear, row_order(op)
+        return [linear(op.q, order), linear(op.k, order), linear(op.v)]
+
+    def rotary(self, op: ProjectQKV, dense: int, step: Step) -> Launch:
+        """q and k norms, rotary embedding and cache write of q, k and v at ``dense``."""
+        w, order, norms = self.weights, row_order(op), [op.q_norm, op.k_norm]
+        gains = [w.vector(norm.weight, order) if norm else 0 for norm in norms]
+        eps = {norm.eps for norm in norms if norm} or {0.0}
+        if len(eps) > 1:
+            raise ModelError(f"layer {op.layer}: q and k norms with different epsilons {eps}")
+        q, cache = self.arena["q"].address, self._cache(op.layer)
+        return launchers.rotary(
+            self.cache_shapes[op.layer],
+            c.RotaryHeads(dense, *gains, q, cache, w.turns(op.rope)), step.n_rows,
+            eps=eps.pop(), q_norm=op.q_norm is not None, k_norm=op.k_norm is not None,
+        )  # fmt: skip
+
+    def attend(self, op: Attend, step: Step, values: DeviceArray | None = None) -> Launch:
+        """``values``: where to leave the result in float32, too."""
         names = ("attention splits", "attention maxima", "attention arrivals")
         work = [self.arena[name].address for name in names]
-        out = self.activations("attention").at(0)
-        arguments = c.Attend(self.arena["q"].address, self._cache(op.layer), out, *work)
-        yield launchers.attend(
+        out = self.activations("attention")
+        if values is not None:
+            out = replace(out, values=values)
+        arguments = c.Attend(self.arena["q"].address, self._cache(op.layer), out.at(0), *work)
+        return launchers.attend(
             self.device, self.cache_shapes[op.layer], arguments, step.n_rows, step.longest,
             scale=op.scale, window=op.window, softcap=op.softcap,
         )  # fmt: skip
@@ -246,7 +248,7 @@ class Lowering:
             self.device, [w.linear(op.gate), w.linear(op.up)], self.activations("x"),
             c.Product(self.activations("hidden").at(0)), step.n_rows,
             norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
-            macros={"ACTIVATION": _ACTIVATIONS[op.activation]}, tuning=self.tuning,
+            macros={"ACTIVATION": ACTIVATIONS[op.activation]}, tuning=self.tuning,
         )  # fmt: skip
 
     def _head(self, op: Head, step: Step) -> Iterator[Launch]:

@@ -142,8 +142,20 @@ class WeightIndex:
         return frequencies / (2 * np.pi)
 
     def matrix(self, name: str, order: RowOrder = FILE_ORDER, bias: str | None = None) -> Matrix:
+        layout = self._layouts.get((name, order))
+        if layout is None:
+            raise self._not_here(name)
         address = self._arena[_key("matrix", name, order)].address
-        return Matrix(address, self._layouts[name, order], self.vector(bias, order) if bias else 0)
+        return Matrix(address, layout, self.vector(bias, order) if bias else 0)
+
+    def _not_here(self, name: str) -> ModelError:
+        if any(name == known for known, _ in self._layouts):
+            return ModelError(
+                f"{name} lies with its rows in rotary order: use Executor.project_qkv for q and k"
+            )
+        if any(name == known for known, _ in self._vectors):
+            return ModelError(f"{name} is a vector, not a matrix")
+        return ModelError(f"the model has no matrix {name!r}")
 
     def linear(self, linear: Linear, order: RowOrder = FILE_ORDER) -> Matrix:
         return self.matrix(linear.weight, order, linear.bias)

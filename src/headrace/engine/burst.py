@@ -37,6 +37,8 @@ def burst_rows(
 ) -> tuple[list[DecodeRow], int] | None:
     """The rows of a burst of ``chunks`` and its steps, or None where the host has to sample."""
     sequences = [chunk.sequence for chunk in chunks]
+    if len(sequences) > runner.max_burst_rows:
+        return None
     for sequence in sequences:
         request = sequence.request
         if sequence.n_pending != 1 or request.mask or not runner.can_sample(request.sampling):

@@ -1,0 +1,379 @@
+"""The resident executor: a decoder's weights and cache on a device, its operations one by one.
+
+Every method queues kernels on the device's one stream and returns at once: nothing waits but
+:meth:`Executor.download` and :meth:`Executor.synchronise`. What a method returns is an array of the
+executor's own, on the device, and holds until the method is called again. docs/executor.md has the
+table of what can be asked, and ``examples/executor.py`` asks it.
+
+:class:`headrace.cuda.runner.CUDARunner` is the whole model over an executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.backend import Batch
+from headrace.cuda import arguments as c
+from headrace.cuda import launchers
+from headrace.cuda.cache import Cache
+from headrace.cuda.device import Counters, Device, DeviceArray, Launch
+from headrace.cuda.launchers import Activations, Matrix, Tuning
+from headrace.cuda.lowering import ACTIVATIONS, Lowering, Step
+from headrace.cuda.weights import WeightIndex
+from headrace.errors import DeviceError, ModelError
+from headrace.model.decoder import Decoder
+from headrace.model.operations import (
+    Activation,
+    Attend,
+    FeedForwardIn,
+    FeedForwardOut,
+    Operation,
+    ProjectOut,
+    ProjectQKV,
+)
+
+FLOAT = np.dtype(np.float32)
+PLAIN: dict[str, object] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
+"""A matvec that only stores its results."""
+
+T = TypeVar("T", bound=Operation)
+
+
+@dataclass(frozen=True)
+class FeedForwardIndex:
+    """A layer's feed-forward weights, resolved at load: addresses, layouts and biases."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    activation: Activation
+    launches: dict[tuple[int, bool], list[Launch]] = field(default_factory=dict, compare=False)
+    """Made once for each (number of rows, float activations)."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A kernel that was launched: its name, its constants, and its shape."""
+
+    kernel: str
+    constants: dict[str, str]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+
+
+class Executor:
+    """``device``: the first GPU unless given. ``max_rows``: the most rows of one call.
+    ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
+    ones. ``progress``: is told the bytes of each piece of weights as it is loaded.
+
+    Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
+    ModelError for a missing weight or one of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        device: Device | None = None,
+        *,
+        max_rows: int = 64,
+        float_activations: bool = False,
+        tuning: Tuning | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        if device is None:
+            from headrace.cuda.gpu import CUDADevice
+
+            device = CUDADevice()
+        self.decoder, self.device, self.max_rows = decoder, device, max_rows
+        self.weights = WeightIndex(decoder)
+        self.lowering = Lowering(
+            decoder, device, self.weights, max_rows,
+            floats=float_activations, tuning=tuning or Tuning(),
+        )  # fmt: skip
+        self.cache: Cache | None = None
+        self.ticket = 0
+        """Counts the batches brought: whoever brought the last one owns the inputs."""
+        self._layers = _by_layer(decoder)
+        self._rows = 0
+        self._longest = 1
+        self._ran: list[Launch] = []
+        self._closed = False
+        try:
+            self.weights.load(device, progress)
+            self.lowering.arena.allocate(device)
+            self.lowering.clear()
+            self.index = {i: self._indexed(i) for i in self._layers}
+        except BaseException:
+            self.close()
+            raise
+
+    # Memory
+
+    def allocate_cache(self, n_pages: int) -> None:
+        """Make room for ``n_pages`` pages of every layer, dropping what was cached."""
+        self.drop_cache()
+        self.cache = Cache(self.device, self.lowering.cache_shapes, self.max_rows, n_pages)
+        self.lowering.inputs, self.lowering.caches = self.cache.inputs, self.cache.layers
+
+    def drop_cache(self) -> None:
+        self.ticket += 1
+        if self.cache is not None:
+            self.device.synchronise()
+            self.cache.close()
+        self.cache, self.lowering.inputs, self.lowering.caches = None, None, {}
+
+    def require_cache(self) -> Cache:
+        if self.cache is None:
+            raise DeviceError("there is no KV cache yet: call allocate_cache first")
+        return self.cache
+
+    def memory_plan(self) -> list[tuple[str, int]]:
+        """(what, bytes) of all it holds on the device."""
+        plan = [("weights", self.weights.n_bytes), *self.lowering.arena.plan()]
+        return plan + (self.cache.plan() if self.cache else [])
+
+    def upload(self, values: NDArray[np.float32]) -> DeviceArray:
+        """Rows float32 [rows, width ≤ the widest] to the executor's place for input."""
+        if values.ndim != 2 or not 0 < len(values) <= self.max_rows:
+            raise DeviceError(
+                f"rows of shape {values.shape}: [1 … {self.max_rows}, width] expected"
+            )
+        whole = self.lowering.arena["given rows"]
+        if values.shape[1] > whole.shape[1]:
+            raise DeviceError(
+                f"rows of {values.shape[1]} values: at most {whole.shape[1]} expected"
+            )
+        self.device.upload(whole.address, np.ascontiguousarray(values, np.float32))
+        return DeviceArray(whole.address, values.shape, whole.dtype)
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        """Wait for what is queued, and bring an array to the host."""
+        return self.device.download(array)
+
+    def synchronise(self) -> None:
+        """Wait for all that is queued."""
+        self.device.synchronise()
+
+    @property
+    def counters(self) -> Counters:
+        """Launches, synchronisations and bytes moved either way, since the start."""
+        return self.device.counters
+
+    @property
+    def ran(self) -> list[Ran]:
+        """The kernels that the last call launched."""
+        return [
+            Ran(x.spec.name, dict(x.spec.macros), x.grid, x.threads, x.shared_bytes)
+            for x in self._ran
+        ]
+
+    def close(self) -> None:
+        """Release the device memory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.drop_cache()
+        self.lowering.arena.free(self.device)
+        self.weights.close(self.device)
+        self.device.close()
+
+    # Rows
+
+    def bring(self, batch: Batch, n_columns: int | None = None) -> int:
+        """The rows that attention, cache writes and whole layers are about; returns a ticket."""
+        self.require_cache().bring(batch, self.decoder.config.n_vocab, n_columns)
+        self._rows, self._longest = len(batch.tokens), int(batch.positions.max()) + 1
+        self.ticket += 1
+        return self.ticket
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        """Queue kernels, compiling those that are new."""
+        self.device.prepare(launch.spec for launch in launches)
+        for launch in launches:
+            self.device.launch(launch)
+        self._ran = list(launches)
+
+    def _step(self) -> Step:
+        if not self._rows:
+            raise DeviceError("no rows yet: call bring with their positions and pages first")
+        return Step(self._rows, 1 << (self._longest - 1).bit_length(), ())
+
+    # The operations
+
+    def matvec(
+        self, x: DeviceArray, name: str, *, float_activations: bool | None = None
+    ) -> DeviceArray:
+        """``W x`` for the matrix of that GGML name. x float32 [rows, k] -> float32 [rows, n]."""
+        matrix = self.weights.matrix(name)
+        begin, source = self._quantised(x, matrix.layout.k)
+        y = self._result(x.shape[0], matrix.layout.n)
+        store = self._matvec([matrix], source, c.Store(y.address), x, float_activations, PLAIN)
+        self.run([begin, store])
+        return y
+
+    def feed_forward_by_name(
+        self,
+        x: DeviceArray,
+        gate: str,
+        up: str,
+        down: str,
+        *,
+        activation: Activation = Activation.SILU,
+        float_activations: bool | None = None,
+    ) -> DeviceArray:
+        """``down(act(gate·x) * (up·x))`` by GGML names. x float32 [rows, d] -> float32 [rows, d].
+
+        With int8 activations gate and up share one quantisation of x, and down has its own.
+        """
+        matrix = self.weights.matrix
+        index = FeedForwardIndex(matrix(gate), matrix(up), matrix(down), activation)
+        self.run(self._feed_forward(index, x, float_activations))
+        return self._result(x.shape[0], index.down.layout.n)
+
+    def feed_forward(
+        self, x: DeviceArray, layer: int, *, float_activations: bool | None = None
+    ) -> DeviceArray:
+        """The same of a layer, from :attr:`index`: a second call with as many rows looks nothing
+        up by name, formats nothing and compiles nothing."""
+        index = self._entry(layer)
+        key = x.shape[0], self._floats(float_activations)
+        launches = index.launches.get(key)
+        if launches is None:
+            launches = index.launches[key] = self._feed_forward(index, x, float_activations)
+        elif x.shape[1] != index.gate.layout.k:
+            raise DeviceError(f"rows of {x.shape[1]} values, {index.gate.layout.k} expected")
+        launches[0].arguments.source = x.address
+        self.run(launches)
+        return self._result(x.shape[0], index.down.layout.n)
+
+    def run_feed_forward(
+        self, x: NDArray[np.float32], layer: int, *, float_activations: bool | None = None
+    ) -> NDArray[np.float32]:
+        """The same from NumPy to NumPy: upload, run, one synchronisation, download."""
+        y = self.feed_forward(self.upload(x), layer, float_activations=float_activations)
+        return self.download(y)
+
+    def project_qkv(
+        self, x: DeviceArray, layer: int, *, float_activations: bool | None = None
+    ) -> DeviceArray:
+        """q, k and v of rows x float32 [rows, d], with their biases, before norms and rotary:
+        float32 [rows, (n_heads + 2 n_kv_heads) head_dim], as :meth:`attend` takes them."""
+        op = self._operation(layer, ProjectQKV)
+        matrices = self.lowering.qkv(op)
+        begin, source = self._quantised(x, op.q.k)
+        y = self._result(x.shape[0], sum(matrix.layout.n for matrix in matrices))
+        store = self._matvec(matrices, source, c.Store(y.address), x, float_activations, PLAIN)
+        self.run([begin, store])
+        return y
+
+    def attend(self, qkv: DeviceArray, layer: int) -> DeviceArray:
+        """Incremental attention of a layer: keys and values of the rows brought go into the cache
+        at their positions, after norms and rotary embedding; then each row attends over its
+        sequence's whole cache, its window of it. qkv: see :meth:`project_qkv` (where the family
+        turns halves of a head, rows of q and k in the order of ``layout.rotary_rows``).
+
+        Returns float32 [rows, n_heads head_dim].
+        """
+        op, step = self._operation(layer, ProjectQKV), self._step()
+        self._require_shape(qkv, step.n_rows, op.q.n + op.k.n + op.v.n)
+        out = DeviceArray(self.lowering.arena["given values"].address, (step.n_rows, op.q.n), FLOAT)
+        rotary = self.lowering.rotary(op, qkv.address, step)
+        self.run([rotary, self.lowering.attend(self._operation(layer, Attend), step, out)])
+        return out
+
+    def layer(self, x: DeviceArray, layer: int) -> DeviceArray:
+        """A whole layer over the rows brought: norm, q/k/v, rotary, cache, attention, output,
+        residual, norm, feed-forward, residual. x: the residual stream, float32 [rows, d]; so is
+        what it returns, which the next layer takes."""
+        step, d = self._step(), self.decoder.config.d_model
+        self._require_shape(x, step.n_rows, d)
+        gain = self.weights.vector(self._operation(layer, ProjectQKV).norm.weight)
+        begin = c.Quantise(x.address, gain, self.lowering.activations("x").at(0))
+        launches = [one for op in self._layers[layer] for one in self.lowering.lower(op, step)]
+        self.run([launchers.quantise(d, begin, step.n_rows), *launches])
+        return DeviceArray(self.lowering.arena["x values"].address, x.shape, FLOAT)
+
+    # How they are put together
+
+    def _floats(self, wanted: bool | None) -> bool:
+        return self.lowering.floats if wanted is None else wanted
+
+    def _entry(self, layer: int) -> FeedForwardIndex:
+        if layer not in self.index:
+            raise ModelError(f"layer {layer} of a model of {len(self.index)}")
+        return self.index[layer]
+
+    def _operation(self, layer: int, kind: type[T]) -> T:
+        for op in self._layers.get(layer, ()):
+            if isinstance(op, kind):
+                return op
+        raise ModelError(f"layer {layer} of a model of {len(self._layers)}")
+
+    def _indexed(self, layer: int) -> FeedForwardIndex:
+        into = self._operation(layer, FeedForwardIn)
+        down = self._operation(layer, FeedForwardOut).down
+        linear = self.weights.linear
+        return FeedForwardIndex(linear(into.gate), linear(into.up), linear(down), into.activation)
+
+    def _require_shape(self, x: DeviceArray, rows: int, width: int) -> None:
+        if x.shape != (rows, width):
+            raise DeviceError(f"an array of shape {x.shape} where {(rows, width)} is expected")
+
+    def _result(self, rows: int, width: int) -> DeviceArray:
+        name = "result" if width <= self.lowering.arena["result"].shape[1] else "logits"
+        return DeviceArray(self.lowering.arena[name].address, (rows, width), FLOAT)
+
+    def _quantised(self, x: DeviceArray, k: int) -> tuple[Launch, Activations]:
+        """x as a matvec reads it, and the launch that makes it so."""
+        if len(x.shape) != 2 or x.shape[1] != k or not 0 < x.shape[0] <= self.max_rows:
+            raise DeviceError(
+                f"rows of shape {x.shape} where [1 … {self.max_rows}, {k}] is expected"
+            )
+        given = self.lowering.activations("given", k)
+        arguments = c.Quantise(x.address, 0, given.at(0))
+        return launchers.quantise(k, arguments, x.shape[0]), given
+
+    def _matvec(
+        self,
+        matrices: Sequence[Matrix],
+        source: Activations,
+        epilogue: c.Epilogue,
+        x: DeviceArray,
+        floats: bool | None,
+        macros: dict[str, object],
+    ) -> Launch:
+        return launchers.matvec(
+            self.device, matrices, source, epilogue, x.shape[0],
+            floats=self._floats(floats), macros=macros, tuning=self.lowering.tuning,
+        )  # fmt: skip
+
+    def _feed_forward(
+        self, index: FeedForwardIndex, x: DeviceArray, floats: bool | None
+    ) -> list[Launch]:
+        begin, source = self._quantised(x, index.gate.layout.k)
+        hidden = replace(
+            self.lowering.activations("hidden", index.down.layout.k),
+            values=self.lowering.arena["given hidden"],
+        )
+        y = self._result(x.shape[0], index.down.layout.n)
+        pair, product = [index.gate, index.up], c.Product(hidden.at(0))
+        macros: dict[str, object] = {"ACTIVATION": ACTIVATIONS[index.activation]}
+        return [
+            begin,
+            self._matvec(pair, source, product, x, floats, macros),
+            self._matvec([index.down], hidden, c.Store(y.address), x, floats, PLAIN),
+        ]
+
+
+def _by_layer(decoder: Decoder) -> dict[int, list[Operation]]:
+    layers: dict[int, list[Operation]] = {}
+    for op in decoder.operations:
+        if isinstance(op, ProjectQKV | Attend | ProjectOut | FeedForwardIn | FeedForwardOut):
+            layers.setdefault(op.layer, []).append(op)
+    return layers
