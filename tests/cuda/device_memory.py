@@ -41,15 +41,23 @@ def activations(device: Device, rows: int, width: int) -> Activations:
     )  # fmt: skip
 
 
+SCALED = 8
+"""Values that share a scale."""
+
+
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [rows, k] and scales float32 [rows, k / 16] of x float32 [rows, k]."""
-    groups = x.reshape(len(x), -1, GROUP)
-    largest = np.abs(groups).max(-1)
+    """int8 [rows, k] and scales float32 [rows, k / 8], each a bfloat16, of x float32 [rows, k]."""
+    groups = x.reshape(len(x), -1, SCALED)
+    exact = (np.abs(groups).max(-1) * np.float32(1 / 127)).view(np.uint32)
+    d = (((exact + 0x7FFF + (exact >> 16 & 1)) >> 16) << 16).view(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        q = np.where(
-            largest[..., None] > 0, np.rint(groups * (np.float32(127) / largest)[..., None]), 0
-        )
-    return q.astype(np.int8).reshape(x.shape), largest * np.float32(1 / 127)
+        q = np.where(d[..., None] > 1e-36, np.rint(groups * (1 / d[..., None])), 0)
+    return q.astype(np.int8).reshape(x.shape), d
+
+
+def dequantise(q: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """float64 [rows, k]."""
+    return (q.reshape(len(q), -1, SCALED) * d[..., None].astype(np.float64)).reshape(q.shape)
 
 
 def slots(n_groups: int, bit: int) -> np.ndarray:
@@ -66,11 +74,14 @@ def upload_activations(
     a = activations(device, rows, k)
     q, d = quantise(x * gain if gain is not None else x)
     n = k // GROUP
-    sums = d * q.reshape(rows, n, GROUP).sum(-1, dtype=np.int32).astype(np.float32)
+    sums = (d * q.reshape(rows, -1, SCALED).sum(-1, dtype=np.int32)).astype(np.float32)
     quants = np.full(a.quants.shape, -1, np.int8)
     quants[:, slots(n, 3)] = q.reshape(rows, n, GROUP)
-    scales = np.full(a.scales.shape, np.nan, np.float32)
-    scales[:, slots(n, 4)] = np.stack([d, sums], -1)
+    scales = np.full(a.scales.shape, 0xFFFFFFFF, np.uint32)
+    halves = d.view(np.uint32) >> 16
+    packed = np.stack([halves[:, ::2] | halves[:, 1::2] << 16,
+                       (sums[:, ::2] + sums[:, 1::2]).view(np.uint32)], -1)  # fmt: skip
+    scales[:, slots(n, 4)] = packed
     device.upload(a.values.address, x)
     device.upload(a.quants.address, quants)
     device.upload(a.scales.address, scales)
@@ -81,12 +92,16 @@ def upload_activations(
 def read_quantised(device: Device, a: Activations) -> np.ndarray:
     """What a reader of the int8 groups sees, float32 [rows, width]; checks the stored sums."""
     n = a.width // GROUP
-    q = device.download(a.quants)[:, slots(n, 3)]
-    scales = device.download(a.scales)[:, slots(n, 4)]
-    np.testing.assert_allclose(
-        scales[..., 1], scales[..., 0] * q.sum(-1, dtype=np.int32), rtol=1e-6, atol=1e-30
-    )
-    return (q * scales[..., :1]).reshape(a.rows, a.width)
+    q = device.download(a.quants)[:, slots(n, 3)].reshape(a.rows, a.width)
+    packed = device.download(a.scales)[:, slots(n, 4)].view(np.uint32)
+    d = np.stack([packed[..., 0] << 16, packed[..., 0] & 0xFFFF0000], -1).view(np.float32)
+    d = d.reshape(a.rows, -1)
+    values = dequantise(q, d)
+    sums = values.reshape(a.rows, n, GROUP).sum(-1)
+    magnitude = np.abs(values).reshape(a.rows, n, GROUP).sum(-1)
+    stored = packed[..., 1].copy().view(np.float32)
+    assert (np.abs(stored - sums) <= 1e-6 * magnitude + 1e-30).all()
+    return values
 
 
 def random_matrix(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from device_memory import (
     activations,
+    dequantise,
     poisoned,
     put,
     quantise,
@@ -35,9 +36,7 @@ def x_and_rounded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """x, and what the kernel will see of it."""
     x = rng.standard_normal((rows, k)).astype(np.float32)
-    q, d = quantise(x)
-    rounded = (q.reshape(rows, -1, 16) * d[..., None].astype(np.float64)).reshape(rows, k)
-    return x, x.astype(np.float64) if floats else rounded
+    return x, x.astype(np.float64) if floats else dequantise(*quantise(x))
 
 
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -90,8 +89,7 @@ def test_three_matrices_of_three_types_with_norm_and_bias(any_device: Device) ->
         rng.standard_normal((3, k)).astype(np.float32),
         rng.uniform(0.5, 2, k).astype(np.float32),
     )
-    q, d = quantise(x * gain)
-    seen = (q.reshape(3, -1, 16) * d[..., None].astype(np.float64)).reshape(3, k)
+    seen = dequantise(*quantise(x * gain))
     inverse = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + eps)
     wanted = np.concatenate([inverse * (seen @ w.T) + b for _, w, b in made], axis=1)
     y = poisoned(any_device, wanted.shape)
@@ -150,10 +148,8 @@ def test_residual_adds_and_quantises_for_the_next_norm(device: Device, floats: b
     wanted = stream + seen @ weights.T + bias
     got = device.download(out.values)
     assert relative(got, wanted) < 2e-6
-    q, d = quantise(got * gain)
-    np.testing.assert_array_equal(
-        read_quantised(device, out), (q.reshape(rows, -1, 16) * d[..., None]).reshape(rows, n)
-    )
+    rounded = dequantise(*quantise(got * gain))
+    np.testing.assert_array_equal(read_quantised(device, out), rounded)
     np.testing.assert_allclose(
         device.download(out.squares), np.square(got).reshape(rows, -1, 16).sum(-1), rtol=1e-5
     )

@@ -1,15 +1,16 @@
-// Activations as int8: groups of 16 values share a scale d; x ≈ d × q.
+// Activations as int8: groups of 8 values share a scale d; x ≈ d × q.
 //
-// With each scale goes d × Σq, what a block's minimum multiplies. (Not Σx: the rounding errors of
-// Σ q_w q_x and Σ q_x then cancel where a weight is scale × q_w − min, and the error of the dot goes
-// with the weight, not with its quants.)
+// Sixteen columns are stored together: their int8, the two scales as bfloat16 (the quants are rounded
+// with the scale as it is stored, so nothing is lost), and Σ d q, what a block's minimum multiplies. (Not
+// Σx: the rounding errors of Σ q_w q_x and Σ q_x then cancel where a weight is scale × q_w − min, and the
+// error of the dot goes with the weight, not with its quants.)
 //
 // Groups are stored where eight lanes reading every other, every second or every fourth group of a
 // slice, as the block types do, meet no bank twice.
 #pragma once
 #include "primitives.cuh"
 
-constexpr int GROUP = 16;
+constexpr int GROUP = 16;  // columns that are stored together: two scales
 DEVICE constexpr int padded(int k) { return (k + 511) / 512 * 512; }  // the swizzles permute within 512 columns
 
 DEVICE int quant_slot(int group) { return group ^ ((group >> 3 & 1) * 7); }   // units of 16 bytes
@@ -19,9 +20,13 @@ DEVICE int scale_slot(int group) { return group ^ ((group >> 4 & 1) * 7); }   //
 struct Row {
   float* values;    // [k]
   int4* quants;     // [padded(k) / 16]
-  float2* scales;   // [padded(k) / 16]: (d, d Σq)
+  uint2* scales;    // [padded(k) / 16]: (two bfloat16, Σ d q)
   float* squares;   // [k / 16]: Σ values² of each group, for the reader's RMS norm
 };
+
+DEVICE float low_scale(uint2 s) { return bits_to_float(s.x << 16); }
+DEVICE float high_scale(uint2 s) { return bits_to_float(s.x & 0xffff0000u); }
+DEVICE float group_sum(uint2 s) { return bits_to_float(s.y); }
 
 // Sixteen neighbouring lanes hold one group, a value each: stores quants of value × gain, and the
 // sum of the values' squares. Every lane of the warp must call; `live` lanes store.
@@ -29,20 +34,26 @@ DEVICE void store_group(const Row& row, int column, float value, float gain, boo
   const float v = value * gain;
   float largest = fabsf(v), squares = value * value;
 #pragma unroll
-  for (int step = 8; step; step >>= 1) {
+  for (int step = 4; step; step >>= 1) {
     largest = fmaxf(largest, shuffle_xor(largest, step));
     squares += shuffle_xor(squares, step);
   }
-  const int q = largest > 0.f ? __float2int_rn(v * (127.f / largest)) : 0;
+  squares += shuffle_xor(squares, 8);
+  const u32 exact = float_to_bits(largest * (1.f / 127.f));
+  const u32 scale = (exact + 0x7fffu + (exact >> 16 & 1)) >> 16;  // nearest bfloat16
+  const float d = bits_to_float(scale << 16);
+  const int q = d > 1e-36f ? __float2int_rn(v * (1.f / d)) : 0;  // smaller ones count as 0: 1 / d must be finite
   int sum = q;
 #pragma unroll
-  for (int step = 8; step; step >>= 1) sum += shuffle_xor(sum, step);
+  for (int step = 4; step; step >>= 1) sum += shuffle_xor(sum, step);
+  float total = d * (float)sum;
+  total += shuffle_xor(total, 8);
+  const u32 other = shuffle_xor(scale, 8);
   if (!live) return;
   const int group = column / GROUP, i = column % GROUP;
   ((signed char*)(row.quants + quant_slot(group)))[i] = (signed char)q;
   if (i == 0) {
-    const float d = largest * (1.f / 127.f);
-    row.scales[scale_slot(group)] = make_float2(d, d * (float)sum);
+    row.scales[scale_slot(group)] = make_uint2(scale | other << 16, float_to_bits(total));
     if (row.squares) row.squares[group] = squares;
   }
 }
@@ -51,7 +62,7 @@ DEVICE void store_group(const Row& row, int column, float value, float gain, boo
 struct Rows {
   float* values;
   int4* quants;
-  float2* scales;
+  uint2* scales;
   float* squares;
   template <int WIDTH> DEVICE Row row(int t) const {
     return {values ? values + (u64)t * WIDTH : nullptr, quants + (u64)t * (padded(WIDTH) / GROUP),

@@ -76,7 +76,7 @@ DEVICE Place place(int first, int t) {
 
 struct X {
   const int4* quants;
-  const float2* scales;
+  const uint2* scales;
   const float* values;
 };
 
@@ -110,7 +110,7 @@ template <int TYPE, class R> DEVICE void dot_tile(float (&sum)[ROWS * TILE_ROWS]
       }
     } else {
       int4 xa = {}, xb = {};
-      float2 sa = {}, sb = {};
+      uint2 sa = {}, sb = {};
       auto load = [&](int t) {
         xa = x.quants[t * (padded(K) / GROUP) + quant_slot(a)];
         xb = x.quants[t * (padded(K) / GROUP) + quant_slot(b)];
@@ -120,15 +120,19 @@ template <int TYPE, class R> DEVICE void dot_tile(float (&sum)[ROWS * TILE_ROWS]
       if (ROWS == 1 && active) load(0);
       const u8* tile = ring.wait();
       if (!active) return;
+      // Integer sums as floats for one addition: 12,582,912 + i has i in its low bits.
+      auto dots = [](int a, int b, int x, int y) {
+        return bits_to_float((u32)dp4a(b, y, dp4a(a, x, 0x4b400000))) - 12582912.f;
+      };
       auto dot = [&](const Share& s) {
-        int da = dp4a(s.a[0], xa.x, 0), db = dp4a(s.b[0], xb.x, 0);
-        da = dp4a(s.a[1], xa.y, da); db = dp4a(s.b[1], xb.y, db);
-        da = dp4a(s.a[2], xa.z, da); db = dp4a(s.b[2], xb.z, db);
-        da = dp4a(s.a[3], xa.w, da); db = dp4a(s.b[3], xb.w, db);
-        float v = (s.wa.x * sa.x) * (float)da;
-        v = fmaf(s.wb.x * sb.x, (float)db, v);
-        v = fmaf(s.wa.y, sa.y, v);
-        return fmaf(s.wb.y, sb.y, v);
+        float a = low_scale(sa) * dots(s.a[0], s.a[1], xa.x, xa.y);
+        float b = low_scale(sb) * dots(s.b[0], s.b[1], xb.x, xb.y);
+        a = fmaf(high_scale(sa), dots(s.a[2], s.a[3], xa.z, xa.w), a);
+        b = fmaf(high_scale(sb), dots(s.b[2], s.b[3], xb.z, xb.w), b);
+        float v = s.wa.x * a;
+        v = fmaf(s.wb.x, b, v);
+        v = fmaf(s.wa.y, group_sum(sa), v);
+        return fmaf(s.wb.y, group_sum(sb), v);
       };
       if constexpr (ROWS == 1) {
 #pragma unroll
@@ -241,7 +245,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
   load_x(a, first_row, rows, x_memory, inverse_rms);
   sync_block();
-  const X x = {(const int4*)x_memory, (const float2*)(x_memory + ROWS * padded(K)), (const float*)x_memory};
+  const X x = {(const int4*)x_memory, (const uint2*)(x_memory + ROWS * padded(K)), (const float*)x_memory};
 
   int t = warp;
   for (int unit = first; unit < last; unit += PASS_UNITS) {
