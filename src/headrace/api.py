@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -85,7 +85,8 @@ def load(
     """Load a model, fetching it first if need be.
 
     name: a path, a known name (``"smollm2"``) or ``"org/repo:QUANT"``.
-    device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
+    device: ``"cpu"``, ``"cuda"``, ``"reference"``, or ``"auto"``: a GPU if there is one that can be
+    used, which it says on stderr, else the CPU.
     context: most tokens of one conversation (default: 8,192, or the model's own if shorter). Keys
     and values for it are set aside; on a CPU the memory is only taken as it is used.
     threads: CPU threads (default: all cores). progress: called as a file is fetched.
@@ -98,13 +99,13 @@ def load(
     >>> model = headrace.load("smollm2")
     >>> model.generate("The capital of France is", max_tokens=8, temperature=0).text
     """
-    device = choose_device(device)
+    device = choose_device(device, threads)
     file = open_gguf(hub.resolve(name, progress))
     try:
         # The tokeniser takes as long to build as the rest of a small model: do both at once.
         with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
             text = thread.submit(_load_text, file.metadata, chat)
-            runner = load_runner(load_decoder(file), device, threads)
+            runner = load_runner(load_decoder(file), device, threads, max_sequences)
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)
@@ -167,6 +168,13 @@ class Model:
     def context(self) -> int:
         """Most tokens of one prompt and its answer."""
         return self.engine.context
+
+    @property
+    def counters(self) -> dict[str, int] | None:
+        """What a GPU was asked to do so far: ``kernel_launches``, ``graph_launches``,
+        ``synchronisations`` (that wait), ``bytes_to_device``, ``bytes_to_host``. None on a CPU."""
+        counters = getattr(self.engine.runner, "counters", None)
+        return None if counters is None else asdict(counters)
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -75,7 +75,7 @@ class DecodeRow:
     """A sequence whose next tokens a device makes and chooses by itself.
 
     tokens: prompt and answer so far; all but the last are in the cache. pages: position ``p`` lives
-    in ``pages[p // PAGE_SIZE]``; as many as the tokens to come need. n_prompt: tokens of the prompt.
+    in ``pages[p // PAGE_SIZE]``; as many as the tokens to come need. n_prompt: the prompt's tokens.
     """
 
     tokens: Sequence[int]

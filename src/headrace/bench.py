@@ -6,20 +6,23 @@ of it that decoding reaches is the figure to look at. Both are measured in the s
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import PAGE_SIZE, Batch, Runner
+from headrace.backend import PAGE_SIZE, Batch, DecodeRow, DecodingRunner, Runner
 from headrace.errors import RequestError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Embed, Head
+from headrace.sampling import SamplingParams
 
 CHUNK_ROWS = 512
 """Rows of a prompt that go through the model in one step, as in llama.cpp's default."""
@@ -97,7 +100,7 @@ class StepTimer:
         n_pages = -(-context // PAGE_SIZE)
         runner.allocate_cache(n_pages)
         self.decoder = runner.decoder
-        self._runner = runner
+        self.runner = runner
         self._page_table = np.arange(n_pages, dtype=np.int32)[None, :]
         self._random = np.random.default_rng(0)
 
@@ -112,9 +115,20 @@ class StepTimer:
         return time.perf_counter() - start
 
     def decode(self, n_tokens: int, depth: int = 0) -> float:
-        """Seconds for ``n_tokens`` single-token steps after ``depth`` cached positions."""
+        """Seconds for ``n_tokens`` single-token steps after ``depth`` cached positions.
+
+        On a device that chooses tokens itself they are one burst, as in generating.
+        """
         token = int(self._random.integers(self.decoder.config.n_vocab))
+        runner = self.runner
         start = time.perf_counter()
+        if isinstance(runner, DecodingRunner):
+            # What the cached positions hold does not matter, how many they are does.
+            tokens, pages = [0] * depth + [token], self._page_table[0].tolist()
+            greedy = SamplingParams(temperature=0)
+            for _ in runner.decode([DecodeRow(tokens, pages, depth + 1, greedy, 0)], n_tokens):
+                pass
+            return time.perf_counter() - start
         for position in range(depth, depth + n_tokens):
             logits = self._step(np.array([token], np.int32), position)
             token = int(logits.argmax())
@@ -127,7 +141,7 @@ class StepTimer:
 
     def _step(self, tokens: NDArray[np.int32], position: int) -> NDArray[np.float32]:
         n = len(tokens)
-        return self._runner.step(
+        return self.runner.step(
             Batch(
                 tokens=tokens,
                 positions=np.arange(position, position + n, dtype=np.int32),
@@ -172,6 +186,35 @@ def _measurement(
 ) -> Measurement:
     test = f"{kind}{n}" + (f" @ d{depth}" if depth else "")  # llama-bench's notation
     return Measurement(test, n, depth, seconds, n_bytes)
+
+
+class ReadBandwidth:
+    """The best bytes a second that plain reading of the runner's memory has reached so far.
+
+    ``threads``: that read on a CPU; None for a device, which reads by itself.
+    """
+
+    def __init__(self, runner: Runner, threads: int | None) -> None:
+        device_read: Callable[[], float] | None = getattr(runner, "read_bandwidth", None)
+        n_threads = threads or os.cpu_count() or 1
+        self.threads = None if device_read else n_threads
+        self._read = device_read or partial(read_bandwidth, n_threads)
+        self.best = 0.0
+
+    def measure(self) -> None:
+        self.best = max(self.best, self._read())
+
+
+def decode_work(timer: StepTimer, n_tokens: int = 32) -> dict[str, float] | None:
+    """What a device is asked to do for one token: launches, synchronisations and bytes moved either
+    way, by the counters of a runner that has them (``cuda.device.Counters``)."""
+    counters = getattr(timer.runner, "counters", None)
+    if counters is None:
+        return None
+    timer.decode(n_tokens)
+    before = asdict(counters)
+    timer.decode(n_tokens)
+    return {name: (value - before[name]) / n_tokens for name, value in asdict(counters).items()}
 
 
 def read_bandwidth(threads: int, passes: int = 8) -> float:

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from headrace.backend import Runner
 from headrace.errors import DeviceError
 from headrace.model.decoder import Decoder
 
+logger = logging.getLogger(__name__)
+
 DEVICES = ("cpu", "cuda", "reference")
 
 
-def choose_device(device: str) -> str:
-    """The device that ``"auto"`` means here; DeviceError for one that there is not."""
+def choose_device(device: str, threads: int | None = None) -> str:
+    """The device that ``"auto"`` means here; DeviceError for one that there is not.
+
+    It means a usable GPU, and says so (a warning of this module's logger: on stderr, unless logging
+    is set up otherwise), or else the CPU. ``threads``, if given, are the CPU's.
+    """
     if device == "auto":
-        return "cpu"
+        gpu = None if threads is not None else _gpu_name()
+        if gpu is None:
+            return "cpu"
+        logger.warning("using %s; --device cpu (device='cpu') for the CPU", gpu)
+        return "cuda"
     if device not in DEVICES:
         raise DeviceError(f"unknown device {device!r}: use 'auto', {', '.join(map(repr, DEVICES))}")
+    if device != "cpu" and threads is not None:
+        raise DeviceError(f"threads are the CPU's: leave them out with the device {device!r}")
     return device
 
 
-def load_runner(decoder: Decoder, device: str, threads: int | None = None) -> Runner:
-    """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``."""
+def _gpu_name() -> str | None:
+    """The GPU that device ``"cuda"`` would use, or None if it would find none it can use."""
+    from headrace.cuda.gpu import usable_gpu
+
+    return usable_gpu()
+
+
+def load_runner(
+    decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1
+) -> Runner:
+    """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
+
+    ``max_sequences``: as many at least generate in one step.
+    """
     if device == "reference":
         from headrace.reference.runner import ReferenceRunner
 
@@ -29,7 +56,24 @@ def load_runner(decoder: Decoder, device: str, threads: int | None = None) -> Ru
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        from headrace.cuda.runner import CUDARunner
+        from headrace.cuda.runner import MAX_ROWS, CUDARunner
 
-        return CUDARunner(decoder)
+        return CUDARunner(decoder, max_rows=max(MAX_ROWS, max_sequences))
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
+
+
+def memory_plan(decoder: Decoder, device: str, context: int) -> list[tuple[str, int]]:
+    """(what, bytes) of all that a model of ``context`` positions takes on a GPU, nothing allocated.
+
+    DeviceError for a device that has no plan.
+    """
+    if device != "cuda":
+        raise DeviceError(f"there is no memory plan for the device {device!r}: only for 'cuda'")
+    from headrace.cuda.gpu import CUDADevice
+    from headrace.cuda.memory import plan
+
+    gpu: Any = CUDADevice()
+    try:
+        return plan(decoder, gpu, context)
+    finally:
+        gpu.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,9 +48,7 @@ def bench(
         raise RequestError("nothing to measure: give -p or -n a length above 0")
     from headrace.devices import choose_device
 
-    device = choose_device(device)
-    if device == "cuda":  # a step there is a graph, and the read bandwidth is the card's
-        raise RequestError("bench measures CPUs: for a GPU, run bench/gpu.py of the repository")
+    device = choose_device(device, threads)
     path = console.resolve(model)
     facts = _measure(
         model, str(path), *lengths, _numbers("-d", depths), repetitions, threads, device
@@ -84,18 +81,19 @@ def _measure(
     from headrace.gguf import open_gguf
     from headrace.model import load_decoder
 
-    threads = threads or os.cpu_count() or 1
     with console.Status() as status, open_gguf(path) as file:
         status("loading (the first run compiles kernels)")
         decoder = load_decoder(file)
         runner = load_runner(decoder, device, threads=threads)
         timer = measuring.StepTimer(runner, max(depths) + max([*prompts, *generate]))
+        ceiling = measuring.ReadBandwidth(runner, threads)
         status("measuring the read bandwidth")
-        before = measuring.read_bandwidth(threads)
+        ceiling.measure()
         status("measuring the model")
         results = measuring.measure(timer, prompts, generate, depths, repetitions)
         status("measuring the read bandwidth")
-        bandwidth = max(before, measuring.read_bandwidth(threads))
+        ceiling.measure()
+        work = measuring.decode_work(timer)
         runner.close()
         n_parameters = sum(tensor.n_rows * tensor.k for tensor in decoder.weights.values())
         return {
@@ -106,9 +104,10 @@ def _measure(
             "size": file.n_bytes,
             "parameters": n_parameters,
             "device": runner.device_name,
-            "threads": threads,
-            "read_gb_per_second": bandwidth / 1e9,
-            "tests": [result.as_json(bandwidth) for result in results],
+            "threads": ceiling.threads,
+            "read_gb_per_second": ceiling.best / 1e9,
+            **({} if work is None else {"decode_work_per_token": work}),
+            "tests": [result.as_json(ceiling.best) for result in results],
         }
 
 
@@ -122,14 +121,22 @@ def _as_table(facts: dict[str, Any]) -> str:
                 console.size(facts["size"]),
                 console.count(facts["parameters"]),
                 facts["device"],
-                str(facts["threads"]),
+                str(facts["threads"] or "-"),
                 test["test"],
                 speed,
                 f"{test['gb_per_second']:.1f}",
                 f"{test['bandwidth_share']:.0%}",
             )
         )
-    bandwidth = f"{facts['read_gb_per_second']:.1f} GB/s with {facts['threads']} threads"
+    bandwidth = f"{facts['read_gb_per_second']:,.1f} GB/s"
+    if facts["threads"] is not None:
+        bandwidth += f" with {facts['threads']} threads"
+    if work := facts.get("decode_work_per_token"):
+        bandwidth += (
+            f"\na decoded token: {work['graph_launches']:g} graph launches, "
+            f"{work['kernel_launches']:g} kernel launches, "
+            f"{work['synchronisations']:g} blocking synchronisations"
+        )
     return f"{_markdown(rows, right=(1, 2, 4, 5, 6, 7, 8))}\n\nread bandwidth: {bandwidth}"
 
 

@@ -6,7 +6,9 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from headrace.cli import console
 from headrace.cli.options import Context, Json, ModelName
@@ -15,13 +17,23 @@ if TYPE_CHECKING:
     from headrace.gguf import GGUFFile
 
 
-def info(model: ModelName, context: Context = None, as_json: Json = False) -> None:
+_PlanFor = Annotated[
+    str | None,
+    typer.Option("--device", help="cuda: also the plan of this GPU's memory.", show_default="none"),
+]
+
+
+def info(
+    model: ModelName, context: Context = None, device: _PlanFor = None, as_json: Json = False
+) -> None:
     """Show a model's architecture, tensors by type, bytes a token and the memory it needs."""
     from headrace.gguf import open_gguf
 
     path = console.resolve(model)
     with open_gguf(path) as file:
         facts = collect(path, file, context)
+        if device is not None:
+            facts["device_memory"] = _device_memory(file, device, context)
     print(json.dumps(facts, indent=2) if as_json else _as_text(facts))
 
 
@@ -66,6 +78,23 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
             {"context": n, "kv_cache": n * per_position, "total": file.n_bytes + n * per_position}
             for n in sorted(lengths)
         ],
+    }
+
+
+def _device_memory(file: GGUFFile, device: str, context: int | None) -> dict[str, Any]:
+    """What the model takes on a GPU at ``context`` positions, part by part."""
+    from headrace.devices import memory_plan
+    from headrace.engine.engine import choose_context
+    from headrace.model import load_decoder
+
+    decoder = load_decoder(file)
+    context = choose_context(context, decoder.config.context_length)
+    parts = memory_plan(decoder, device, context)
+    return {
+        "device": device,
+        "context": context,
+        "parts": [{"what": what, "bytes": n_bytes} for what, n_bytes in parts],
+        "total": sum(n_bytes for _, n_bytes in parts),
     }
 
 
@@ -118,6 +147,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         sections.append(_memory_text(facts))
     else:
         sections.append(f"headrace cannot run it: {facts['unsupported_because']}")
+    if plan := facts.get("device_memory"):
+        sections.append(_plan_text(plan))
     return "\n\n".join(sections)
 
 
@@ -142,3 +173,10 @@ def _memory_text(facts: dict[str, Any]) -> str:
         f"A decoded token reads {weights} of weights, and {position} for each position before it.\n"
         "\nMemory at a context length\n" + console.columns(table, right=(0, 1, 2), indent="  ")
     )
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    rows = [(part["what"], console.size(part["bytes"])) for part in plan["parts"]]
+    rows.append(("in all", console.size(plan["total"])))
+    head = f"Memory on {plan['device']} at a context of {plan['context']:,}\n"
+    return head + console.columns(rows, right=(1,), indent="  ")

@@ -106,7 +106,7 @@ def _cached(key_parts: Iterable[object], suffix: str, build: Callable[[], bytes]
 def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, str]:
     """Compile for ``arch`` ("75" … "90a", "120") with NVRTC, which needs no GPU: machine code, and
     the compiler's log."""
-    _nvrtc_version()
+    compiler_version()
     from cuda.core import Program, ProgramOptions
 
     number = int("".join(c for c in arch if c.isdigit()))
@@ -142,7 +142,8 @@ def resources(spec: Specialisation, arch: str) -> Resources:
 _IMPORTING = threading.Lock()
 
 
-def _nvrtc_version() -> str:
+def compiler_version() -> str:
+    """NVRTC's and cuda-core's. DeviceError without the Python packages."""
     try:
         with _IMPORTING:  # threads that import the compiler at once see half of it
             import cuda.core
@@ -156,7 +157,7 @@ def _nvrtc_version() -> str:
 
 def cubin(spec: Specialisation, arch: str) -> bytes:
     """As :func:`nvrtc`, through the disk cache."""
-    key = ("cubin", spec.name, spec.macros, arch, _nvrtc_version())
+    key = ("cubin", spec.name, spec.macros, arch, compiler_version())
     return _cached(key, ".cubin", lambda: nvrtc(spec, arch)[0]).read_bytes()
 
 

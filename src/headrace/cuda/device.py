@@ -104,6 +104,9 @@ class Device(Protocol):
     def capture(self, record: Callable[[], None]) -> Graph:
         """The graph of everything ``record`` launches."""
 
+    def elapsed(self, work: Callable[[], None]) -> float:
+        """Seconds between the start and the end of what ``work`` queues; waits for it."""
+
     def idle(self) -> bool:
         """Has everything queued been done? Does not wait. DeviceError if it failed."""
 
@@ -114,3 +117,20 @@ class Device(Protocol):
 
 def array(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
     return DeviceArray(address, shape, np.dtype(dtype))
+
+
+def read_bandwidth(device: Device, repeats: int = 10) -> float:
+    """Bytes a second of a plain read kernel over four times the L2 cache and more: the best of
+    ``repeats``. Takes up to a quarter of the free memory meanwhile, 4 GB at most."""
+    from headrace.cuda.launchers import read
+
+    n_bytes = min(4 << 30, device.free_bytes() // 4) // 4096 * 4096
+    address = device.allocate(n_bytes, "measuring the read bandwidth")
+    try:
+        launch = read(device, address, n_bytes, address)
+        device.clear(address, n_bytes)
+        device.launch(launch)
+        return n_bytes / min(device.elapsed(lambda: device.launch(launch)) for _ in range(repeats))
+    finally:
+        device.synchronise()
+        device.free(address)

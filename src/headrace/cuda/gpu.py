@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.cuda.compile import Specialisation, cubins
+from headrace.cuda.compile import Specialisation, compiler_version, cubins
 from headrace.cuda.device import Counters, DeviceArray, Graph, Launch
 from headrace.errors import DeviceError, DeviceMemoryError
 
@@ -48,6 +48,32 @@ def device_count() -> int:
     if status != driver.CUresult.CUDA_SUCCESS:
         return 0
     return int(_check(driver.cuDeviceGetCount(), "counting devices"))
+
+
+def usable_gpu() -> str | None:
+    """The name of the first GPU if :class:`CUDADevice` can use it and kernels can be compiled."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:  # no driver: answered without loading NVIDIA's packages
+        return None
+    try:
+        if device_count() == 0:
+            return None
+        compiler_version()
+        driver = _driver()
+        handle = _check(driver.cuDeviceGet(0), "device")
+        major = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        minor = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+        arch = 10 * _check(driver.cuDeviceGetAttribute(major, handle), "architecture")
+        arch += _check(driver.cuDeviceGetAttribute(minor, handle), "architecture")
+        return _name(driver, handle) if arch >= _OLDEST else None
+    except DeviceError:
+        return None
+
+
+def _name(driver: Any, handle: Any) -> str:
+    name: bytes = _check(driver.cuDeviceGetName(128, handle), "name")
+    return name.split(b"\0")[0].decode()
 
 
 class CUDAGraph:
@@ -88,8 +114,7 @@ class CUDADevice:
         self.arch = 10 * get("COMPUTE_CAPABILITY_MAJOR") + get("COMPUTE_CAPABILITY_MINOR")
         self.sm_count = get("MULTIPROCESSOR_COUNT")
         self.shared_limit = get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        name: bytes = _check(driver.cuDeviceGetName(128, handle), "name")
-        self._name = name.split(b"\0")[0].decode()
+        self._name = _name(driver, handle)
         if self.arch < _OLDEST:
             raise DeviceError(
                 f"{self._name} has compute capability {self.arch / 10}, and the kernels need "

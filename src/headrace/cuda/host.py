@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -167,6 +168,12 @@ class HostDevice:
             return HostGraph(self, self._recording)
         finally:
             self._recording = None
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        self.synchronise()
+        return time.perf_counter() - start
 
     def idle(self) -> bool:
         return True

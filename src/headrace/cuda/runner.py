@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from headrace.backend import PAGE_SIZE, Batch, DecodeRow
 from headrace.checks import check_batch
 from headrace.cuda.decode import CUDABurst, DecodeGraphs
-from headrace.cuda.device import Counters, Device, DeviceArray, Launch
+from headrace.cuda.device import Counters, Device, DeviceArray, Launch, read_bandwidth
 from headrace.cuda.executor import Executor
 from headrace.cuda.lowering import Step, runs
 from headrace.cuda.sampling import DeviceSampler, can_sample
@@ -20,6 +20,9 @@ from headrace.gguf.quants import dequantize
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Head
 from headrace.sampling import SamplingParams
+
+MAX_ROWS = 64
+"""Rows of one pass over the weights, unless more sequences are to generate at once."""
 
 _PLANS_KEPT = 64
 
@@ -49,6 +52,10 @@ class CUDARunner:
         """(what, bytes) of all it holds on the device."""
         plan = self.executor.memory_plan()
         return plan + (self._graphs.sampler.plan() if self._graphs else [])
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second of a plain read kernel, now: the ceiling of decoding."""
+        return read_bandwidth(self.executor.device)
 
     def allocate_cache(self, n_pages: int) -> None:
         self._drop()

@@ -50,6 +50,20 @@ def request(row: DecodeRow, n_vocab: int, step: int) -> c.Request:
     )  # fmt: skip
 
 
+def plan(shape: SampleShape, max_rows: int, capacity: int) -> Arena:
+    """The sampler's buffers; ``capacity``: tokens of a row's history."""
+    arena = Arena("sampling")
+    arena.reserve("shaped", (max_rows, shape.n_vocab), np.float32)
+    arena.reserve("peaks", (max_rows, 2, shape.subs), np.uint32)
+    arena.reserve("sums", (max_rows, shape.blocks, 2), np.float32)
+    arena.reserve("arrived", (max_rows,), np.uint32)
+    arena.reserve("requests", (max_rows, 16), np.uint32)
+    arena.reserve("history", (max_rows, capacity), np.int32)
+    arena.reserve("bias_ids", (max_rows, MAX_BIAS), np.int32)
+    arena.reserve("bias", (max_rows, MAX_BIAS), np.float32)
+    return arena
+
+
 class DeviceSampler:
     """The sampler's buffers for ``max_rows`` rows, and the pinned ring its choices arrive in.
 
@@ -59,15 +73,7 @@ class DeviceSampler:
     def __init__(self, device: Device, n_vocab: int, max_rows: int, capacity: int) -> None:
         self._device, self._max_rows = device, max_rows
         self.shape = shape = SampleShape(n_vocab)
-        self._arena = arena = Arena("sampling")
-        arena.reserve("shaped", (max_rows, n_vocab), np.float32)
-        arena.reserve("peaks", (max_rows, 2, shape.subs), np.uint32)
-        arena.reserve("sums", (max_rows, shape.blocks, 2), np.float32)
-        arena.reserve("arrived", (max_rows,), np.uint32)
-        arena.reserve("requests", (max_rows, 16), np.uint32)
-        arena.reserve("history", (max_rows, capacity), np.int32)
-        arena.reserve("bias_ids", (max_rows, MAX_BIAS), np.int32)
-        arena.reserve("bias", (max_rows, MAX_BIAS), np.float32)
+        self._arena = arena = plan(shape, max_rows, capacity)
         arena.allocate(device)
         try:
             self._ring, ring = device.allocate_pinned(RING * max_rows * 8)

@@ -29,7 +29,7 @@ from headrace.model.operations import (
     Rope,
 )
 
-_STAGING_BYTES = 64 << 20
+STAGING_BYTES = 64 << 20
 Progress = Callable[[int], None]
 
 
@@ -112,7 +112,7 @@ class WeightIndex:
     def load(self, device: Device, progress: Progress | None = None) -> None:
         """Copy and reorder everything; ``progress`` is told the bytes of each piece."""
         self._arena.allocate(device)
-        staging = device.allocate(_STAGING_BYTES, "staging for weights")
+        staging = device.allocate(STAGING_BYTES, "staging for weights")
         try:
             for (name, order), layout in self._layouts.items():
                 target = self._arena[_key("matrix", name, order)].address
@@ -212,7 +212,7 @@ def _upload_tiles(
     device: Device, tensor: Tensor, layout: TileLayout, order: RowOrder, staging: int, target: int
 ) -> Iterator[int]:
     unit = int(np.lcm(PADDED_ROWS, max(order.head_dim, 1)))
-    rows = max(unit, _STAGING_BYTES // tensor.data.shape[1] // unit * unit)
+    rows = max(unit, STAGING_BYTES // tensor.data.shape[1] // unit * unit)
     for first in range(0, layout.n, rows):
         piece = tensor.data[first : first + rows]
         device.upload(staging, piece)

@@ -1,0 +1,31 @@
+"""What a model takes on a device, before any of it is allocated."""
+
+from __future__ import annotations
+
+from headrace.backend import PAGE_SIZE
+from headrace.cuda import cache, sampling
+from headrace.cuda.device import Device
+from headrace.cuda.launchers import SampleShape, Tuning
+from headrace.cuda.lowering import Lowering
+from headrace.cuda.runner import MAX_ROWS
+from headrace.cuda.weights import STAGING_BYTES, WeightIndex
+from headrace.model.decoder import Decoder
+
+
+def plan(
+    decoder: Decoder, device: Device, context: int, max_rows: int = MAX_ROWS
+) -> list[tuple[str, int]]:
+    """(what, bytes) for one sequence of ``context`` positions."""
+    weights = WeightIndex(decoder)
+    lowering = Lowering(decoder, device, weights, max_rows, floats=False, tuning=Tuning())
+    n_pages = -(-context // PAGE_SIZE)
+    kv = cache.plan(lowering.cache_shapes, max_rows, n_pages)
+    history = min(n_pages * PAGE_SIZE, decoder.config.context_length)
+    sampler = sampling.plan(SampleShape(decoder.config.n_vocab), max_rows, history)
+    return [
+        ("weights, in tiles", weights.n_bytes),
+        (f"activations and workspace of {max_rows} rows", lowering.arena.n_bytes),
+        (f"KV cache of {n_pages:,} pages", kv.n_bytes),
+        (f"sampling of {max_rows} rows", sampler.n_bytes),
+        ("staging, while loading", STAGING_BYTES),
+    ]
