@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    Structure,
+    addressof,
+    c_float,
+    c_int,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    memmove,
+    sizeof,
+)
+from functools import cache
 
 
 class Rows(Structure):
@@ -167,3 +178,21 @@ class Reorder(Structure):
 
 class Read(Structure):
     _fields_ = [("source", c_void_p), ("n", c_uint64), ("sink", c_void_p)]
+
+
+class Peak(Structure):
+    _fields_ = [("sink", c_void_p)]
+
+
+@cache
+def _timed(kind: type[Structure]) -> type[Structure]:
+    """The struct of a kernel compiled with TIMED: one more field at its end."""
+    return type(f"Timed{kind.__name__}", (kind,), {"_fields_": [("stamps", c_void_p)]})
+
+
+def timed(arguments: Structure, stamps: int) -> Structure:
+    """A copy of a kernel's arguments with the address of its two time stamps."""
+    copy = _timed(type(arguments))()
+    memmove(addressof(copy), addressof(arguments), sizeof(arguments))
+    copy.stamps = stamps
+    return copy

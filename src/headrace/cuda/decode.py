@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from headrace.backend import PAGE_SIZE, Batch, Choice, DecodeRow
-from headrace.cuda.device import Graph
+from headrace.cuda.device import Device, Graph
 from headrace.cuda.executor import Executor
 from headrace.cuda.lowering import Step
 from headrace.cuda.sampling import DeviceSampler
@@ -112,7 +112,7 @@ class CUDABurst:
         self._start_steps()
         if self._next > self._graphs.n_started:
             raise StopIteration
-        self._await(self._next)
+        await_choices(self._executor.device, self._graphs.sampler, self._next, len(self._rows))
         choices = self._graphs.sampler.choices(self._next, self._rows)
         self._next += 1
         self._start_steps()  # the device must not wait for what the caller does with these
@@ -129,10 +129,10 @@ class CUDABurst:
             graphs.launch(len(self._rows), self._longest)
             self._longest += 1
 
-    def _await(self, step: int) -> None:
-        """Poll until the choices of ``step`` are here."""
-        sampler, n_rows, device = self._graphs.sampler, len(self._rows), self._executor.device
-        while not sampler.arrived(step, n_rows):
-            if device.idle() and not sampler.arrived(step, n_rows):
-                raise DeviceError(f"the device is idle, and the choices of step {step} never came")
-            time.sleep(0)  # let other threads of this process run
+
+def await_choices(device: Device, sampler: DeviceSampler, step: int, n_rows: int) -> None:
+    """Poll until the choices of ``step`` are here; DeviceError when they will never be."""
+    while not sampler.arrived(step, n_rows):
+        if device.idle() and not sampler.arrived(step, n_rows):
+            raise DeviceError(f"the device is idle, and the choices of step {step} never came")
+        time.sleep(0)  # let other threads of this process run

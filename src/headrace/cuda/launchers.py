@@ -12,7 +12,7 @@ Which kernel runs for what:
 ``post_norm``         families with a norm after a projection
 ``embed``, ``sample`` the ends of a step
 ``quantise``          rows given from outside a step (executor.py)
-``read``              the bandwidth ceiling, for benchmarks
+``read``, ``peak``    the ceilings of bandwidth and of arithmetic
 ``reorder``           once per matrix, at load
 ====================  ==========================================================================
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headrace.cuda import arguments as c
 from headrace.cuda.compile import Specialisation
@@ -417,3 +417,29 @@ def read(device: Device, source: int, n_bytes: int, sink: int) -> Launch:
     arguments = c.Read(source, n_bytes // 16, sink)
     grid = (device.sm_count * 4, 1, 1)
     return Launch(Specialisation.of("read", {"WARPS": 16}), grid, 512, 0, arguments)
+
+
+PEAK_ITERATIONS = 4096
+
+
+def peak(device: Device, sink: int, *, integer: bool) -> tuple[Launch, int]:
+    """Products from registers, and how many operations (a product is a multiplication and an
+    addition) they are."""
+    warps, blocks = 16, device.sm_count * 4
+    constants = {"INTEGER": integer, "ITERATIONS": PEAK_ITERATIONS, "WARPS": warps}
+    launch = Launch(
+        Specialisation.of("peak", constants), (blocks, 1, 1), warps * 32, 0, c.Peak(sink)
+    )
+    products = blocks * warps * 32 * PEAK_ITERATIONS * 8 * (4 if integer else 1)
+    return launch, 2 * products
+
+
+def timed(launch: Launch, stamps: int) -> Launch:
+    """The same kernel, noting at ``stamps`` (two uint64, zero before) when it began and ended."""
+    spec = launch.spec
+    macros = tuple(sorted({**dict(spec.macros), "TIMED": "1"}.items()))
+    return replace(
+        launch,
+        spec=Specialisation(spec.name, macros),
+        arguments=c.timed(launch.arguments, stamps),
+    )

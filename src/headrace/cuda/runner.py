@@ -13,6 +13,7 @@ from headrace.checks import check_batch
 from headrace.cuda.decode import CUDABurst, DecodeGraphs
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch, read_bandwidth
 from headrace.cuda.executor import Executor
+from headrace.cuda.instrument import CUDAInstrument
 from headrace.cuda.lowering import Step, runs
 from headrace.cuda.sampling import DeviceSampler, can_sample
 from headrace.errors import DeviceError
@@ -34,6 +35,7 @@ class CUDARunner:
         self.executor = Executor(decoder, device, **options)
         self.decoder = decoder
         self._graphs: DecodeGraphs | None = None
+        self._instrument: CUDAInstrument | None = None
         self._plans: dict[Step, list[Launch]] = {}
 
     @property
@@ -71,6 +73,10 @@ class CUDARunner:
     def _drop(self) -> None:
         """Plans and graphs hold addresses of the cache."""
         self._plans.clear()
+        if self._instrument is not None:
+            self.executor.synchronise()
+            self._instrument.close()
+            self._instrument = None
         if self._graphs is not None:
             self.executor.synchronise()
             self._graphs.close()
@@ -120,6 +126,12 @@ class CUDARunner:
                 self._plans.pop(next(iter(self._plans)))
             plan = self._plans[step] = self.executor.lowering.launches(step)
         self.executor.run(plan)
+
+    def instrument(self) -> CUDAInstrument:
+        """Times the steps of this runner kernel by kernel; its cache must be allocated."""
+        if self._instrument is None:
+            self._instrument = CUDAInstrument(self.executor, self._decode_graphs())
+        return self._instrument
 
     # Bursts
 

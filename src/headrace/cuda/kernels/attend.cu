@@ -25,6 +25,7 @@ struct AttendArgs {
   float* partial;          // [rows, HEADS, MAX_SPLITS, CACHE_DIM]
   float2* partial_max_sum; // [rows, HEADS, MAX_SPLITS]
   u32* arrived;            // [rows, KV_HEADS × HEAD_TILES], zero between launches
+  STAMPS
 };
 
 struct Splits { int begin, first, size, count; };  // `size` positions each, from first × size
@@ -179,7 +180,7 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     const int base = first_base(splits, blockIdx.y, warp);
     if (base <= position) prefetch(a.cache, page, kv_head, base);
   }
-  dependency_wait();
+  BEGIN(a);
   if (blockIdx.y >= splits.count) return;
 
   for (int i = warp; i < FRAGMENTS; i += WARPS) {

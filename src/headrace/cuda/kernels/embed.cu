@@ -8,6 +8,7 @@ struct EmbedArgs {
   const int* tokens;  // [rows]
   Rows x;
   const float* gain;  // of the first norm
+  STAMPS
 };
 
 constexpr int PITCH = GROUP + 1;  // groups are stored by one lane each, and read by one lane a value
@@ -20,7 +21,7 @@ KERNEL(WARPS * 32, 1) embed(ARGS(EmbedArgs, a)) {
   float* const values = (float*)shared;
   const int lane = threadIdx.x & 31, slice = blockIdx.x, start = slice * TILE_COLUMNS;
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const int token = load_fresh(a.tokens + blockIdx.y);
   if (threadIdx.x < 32 && B::block(lane) < T::blocks(slice)) {
     float v[32];

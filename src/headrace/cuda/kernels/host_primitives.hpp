@@ -6,6 +6,7 @@
 // shows as a wrong result; a barrier that cannot be passed is reported as a deadlock.
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -337,6 +338,8 @@ DEVICE void fence_device() {}
 DEVICE void fence_system() {}
 DEVICE u32 atomic_add(u32* p, u32 v) { const u32 old = *p; *p += v; return old; }
 DEVICE void atomic_or(u32* p, u32 v) { *p |= v; }
+DEVICE void atomic_max(u64* p, u64 v) { *p = max(*p, v); }
+DEVICE u64 global_time() { return (u64)std::chrono::steady_clock::now().time_since_epoch().count(); }
 DEVICE void store_release_system(u64* p, u64 v) { *(volatile u64*)p = v; }
 DEVICE void dependency_wait() {}
 DEVICE void dependents_launch() {}

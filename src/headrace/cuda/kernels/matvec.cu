@@ -163,6 +163,7 @@ struct MatvecArgs {
   const float* in_gain;  // the norm's weight, for float activations only
   Epilogue out;
   int n_rows;            // of x
+  STAMPS
 };
 
 // Output i of a pass: of row `row` of x, row `n` of matrix `segment`; its sums are at `local` (and, of
@@ -241,7 +242,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   Output mine = output(first, min(PASS_UNITS, last - first), rows, threadIdx.x);
   Ready ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
   float bias = bias_of(a, mine);
-  dependency_wait();
+  BEGIN(a);
   a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
   load_x(a, first_row, rows, x_memory, inverse_rms);
   sync_block();

@@ -7,6 +7,7 @@ struct PostNormArgs {
   const float* post_gain;
   Rows x;
   const float* gain;
+  STAMPS
 };
 
 constexpr int SHARED_BYTES = WARPS * 4;
@@ -14,7 +15,7 @@ constexpr int SHARED_BYTES = WARPS * 4;
 KERNEL(WARPS * 32, 1) post_norm(ARGS(PostNormArgs, a)) {
   DYNAMIC_SHARED(shared);
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const float* y = a.y + (u64)blockIdx.x * K;
   const Row x = a.x.row<K>(blockIdx.x);
   float squares = 0.f;

@@ -40,6 +40,8 @@ DEVICE void fence_device() { __threadfence(); }
 DEVICE void fence_system() { __threadfence_system(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
 DEVICE void atomic_or(u32* p, u32 v) { atomicOr(p, v); }
+DEVICE void atomic_max(u64* p, u64 v) { atomicMax(p, v); }
+DEVICE u64 global_time() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory"); return t; }  // ns
 DEVICE void store_release_system(u64* p, u64 v) { fence_system(); *(volatile u64*)p = v; }
 
 // Programmatic dependent launch: a kernel may start before its predecessor has ended, and waits
@@ -104,6 +106,25 @@ template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_gro
 #endif
 
 #endif  // HEADRACE_HOST
+
+// A kernel waits for its predecessor with BEGIN, before it touches what the predecessor wrote. Compiled
+// with TIMED it also notes when its first block went on and when its last one ended; its arguments then
+// end with the place for that, zero before: the complement of the first, so that both are maxima.
+#ifndef TIMED
+#define TIMED 0
+#endif
+#if TIMED
+#define STAMPS u64* stamps;
+struct Stopwatch {
+  u64* stamps;
+  DEVICE explicit Stopwatch(u64* s) : stamps(s) { if (threadIdx.x == 0) atomic_max(stamps, ~global_time()); }
+  DEVICE ~Stopwatch() { if (threadIdx.x == 0) atomic_max(stamps + 1, global_time()); }
+};
+#define BEGIN(a) dependency_wait(); Stopwatch stopwatch(a.stamps)
+#else
+#define STAMPS
+#define BEGIN(a) dependency_wait()
+#endif
 
 DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 

@@ -7,13 +7,14 @@ struct QuantiseArgs {
   const float* source;  // [rows, K]
   const float* gain;    // [K]; null: 1
   Rows x;               // its values are written, too
+  STAMPS
 };
 
 constexpr int SHARED_BYTES = 0;
 
 KERNEL(WARPS * 32, 1) quantise(ARGS(QuantiseArgs, a)) {
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const int column = blockIdx.x * WARPS * 32 + threadIdx.x;
   const bool live = column < K;
   const Row x = a.x.row<K>(blockIdx.y);

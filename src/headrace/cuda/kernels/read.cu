@@ -6,13 +6,14 @@ struct ReadArgs {
   const uint4* source;
   u64 n;  // of uint4
   u32* sink;
+  STAMPS
 };
 
 constexpr int SHARED_BYTES = 0, AT_ONCE = 8;
 
 KERNEL(WARPS * 32, 1) read(ARGS(ReadArgs, a)) {
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   u32 sum = 0;
   const u64 threads = (u64)gridDim.x * WARPS * 32;
   for (u64 i = (u64)blockIdx.x * WARPS * 32 + threadIdx.x; i < a.n; i += threads * AT_ONCE) {

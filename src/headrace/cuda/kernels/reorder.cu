@@ -9,6 +9,7 @@ struct ReorderArgs {
   int n, k;          // of the whole matrix
   int first_row, rows;
   int head_dim, rope_dim;
+  STAMPS
 };
 
 constexpr int SHARED_BYTES = 0, ROWS_A_GROUP = 4, SLICE = 1024;
@@ -16,7 +17,7 @@ constexpr int SHARED_BYTES = 0, ROWS_A_GROUP = 4, SLICE = 1024;
 KERNEL(256, 1) reorder(ARGS(ReorderArgs, a)) {
   constexpr int offsets[] = PLANE_OFFSETS, sizes[] = PLANE_SIZES, planes = sizeof sizes / sizeof *sizes;
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const int group = a.first_row / ROWS_A_GROUP + blockIdx.x;
   auto tile_bytes = [&](int blocks) {
     int total = 0;

@@ -9,6 +9,7 @@ struct RotaryArgs {
   float* q;          // [rows, HEADS × HEAD_DIM]
   Cache cache;
   const double* turns;
+  STAMPS
 };
 
 constexpr int SHARED_BYTES = 0, PAIRS = (HEAD_DIM / 2 + 31) / 32;
@@ -17,7 +18,7 @@ KERNEL(32, 1) rotary(ARGS(RotaryArgs, a)) {
   const int lane = threadIdx.x, row = blockIdx.y, slot_head = blockIdx.x;
   const bool is_q = slot_head < HEADS, is_k = !is_q && slot_head < HEADS + KV_HEADS;
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const float* in = a.qkv + ((u64)row * (HEADS + 2 * KV_HEADS) + slot_head) * HEAD_DIM;
   float v[PAIRS][2];
   float squares = 0.f;

@@ -51,6 +51,7 @@ struct SampleArgs {
   u64* ring;             // host memory, [ring_size, rows]: step + 1 in the upper half, the id in the lower
   u32* reports;          // host memory, [ring_size, rows, RECORD]: log-probability, then (id, log-probability) pairs
   int capacity, ring_size;
+  STAMPS
 };
 
 constexpr int WORK_BYTES = larger(larger(2 * BINS * 4 + SUBS * 4, SUBS * 8), CHUNK * 8);
@@ -388,7 +389,7 @@ KERNEL(WARPS * 32, 1) sample(ARGS(SampleArgs, a)) {
   Shared s(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.y, rows = gridDim.y;
   dependents_launch();
-  dependency_wait();
+  BEGIN(a);
   const Request q = read(a.requests + row);
   const bool shapes = q.n_bias || q.repetition != 1.f || q.presence != 0.f || q.frequency != 0.f;
   const float* const logits = a.logits + (u64)row * VOCABULARY;
