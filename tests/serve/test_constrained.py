@@ -86,18 +86,22 @@ def test_a_grammar_that_explodes_on_the_way_fails_its_own_stream(server: Server)
         {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": f"a{{{i}}}.*b"}}}
         for i in range(300)
     ]
+    [empty] = server.post("/tokenize", {"text": "{}"}).json()["tokens"]  # the only way around it
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"anyOf": options}}}
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "response_format": form,
+        "logit_bias": {str(empty): -100},
         "stream": True,
         "max_tokens": 20,
+        "temperature": 0,
     }
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
         *_, error, done = events(response)
     assert done == "[DONE]"
-    assert "constraint" in error["error"]["message"]
+    assert "the constraint failed" in error["error"]["message"]
+    assert error["error"]["param"] == "response_format"
     server.check_pages()
 
 

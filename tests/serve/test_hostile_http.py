@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 
@@ -40,12 +41,14 @@ def test_bodies_that_are_no_objects(server: Server, body: str) -> None:
     refused(server.client.post(CHAT, content=body, headers=headers))
 
 
-@pytest.mark.parametrize("depth", [201, 1_000, 10_000, 1_000_000])
-def test_deep_json(server: Server, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("depth", "word"), [(201, "nested"), (1_000, "nested"), (10_000, "nested"), (10**6, "arrays")]
+)
+def test_deep_json(server: Server, depth: int, word: str) -> None:
     body = '{"a":' + "[" * depth + "]" * depth + "}"
     headers = {"Content-Type": "application/json"}
     message = refused(server.client.post(CHAT, content=body, headers=headers))
-    assert "nested" in message
+    assert word in message
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1" * 5000])
@@ -74,8 +77,8 @@ NUMBERS = {
     "seed": (-1, 2**64, True, 0.5),
     "logprobs": (-1, 10**9, True),
     "stream": (1, "yes"),
-    "echo": (True,),
-    "best_of": (2,),
+    "echo": (True, 0),
+    "best_of": (2, True),
     "suffix": ("x",),
     "logit_bias": ([1], {"x": 1}, {"1": 101}, {"1": "2"}, {"99999999": 1}),
     "stop": ("", [""], ["x"] * 100_000, "x" * 257, [1], 1),
@@ -93,6 +96,40 @@ def test_values_out_of_range_name_the_field(server: Server, field: str) -> None:
         assert response.status_code == 400, (value, response.text)
         error = response.json()["error"]
         assert (error["param"] or "").partition(".")[0].partition("[")[0] == field, (value, error)
+
+
+WRONG_NUMBERS = ("NaN", "Infinity", "-Infinity", "-1e300", "1e300", "1e309", "-" + "9" * 40,
+                 "9" * 40, "true", '"1"', "[1]", "{}")  # fmt: skip
+REQUIRED = {CHAT: {"messages": MESSAGES}, "/v1/completions": {"prompt": "x"},
+            "/v1/responses": {"input": "x"}}  # fmt: skip
+
+
+def numbers(server: Server) -> list[tuple[str, str]]:
+    """(route, field) of every number that the served document knows at the top of a body."""
+    document = server.client.get("/openapi.json").json()
+    found = []
+    for path, operations in document["paths"].items():
+        if "post" in operations:
+            body = operations["post"]["requestBody"]["content"]["application/json"]["schema"]
+            schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+            for name, field in schema["properties"].items():
+                kinds = {one.get("type") for one in field.get("anyOf", [field])}
+                if kinds & {"integer", "number"}:
+                    found.append((path, name))
+    return found
+
+
+def test_every_number_has_its_bounds(server: Server) -> None:
+    fields = numbers(server)
+    assert len(fields) >= 25
+    for path, name in fields:
+        for word in WRONG_NUMBERS:
+            body = json.dumps(REQUIRED[path])[:-1] + f', "{name}": {word}}}'
+            headers = {"Content-Type": "application/json"}
+            response = server.client.post(path, content=body, headers=headers)
+            assert response.status_code == 400, (path, name, word)
+            error = response.json()["error"]
+            assert error["param"] == name or error["code"] == "invalid_json", (path, name, word)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +208,48 @@ def test_prompts_around_the_context(server: Server) -> None:
     assert "2000" in message
 
 
+LIMIT = 4 << 20
+HOSTS_OF_SMALL_THINGS = {
+    "ids": (b'{"prompt": [', b"1,", b"1]}"),
+    "negative ids": (b'{"prompt": [', b"-1,", b"-1]}"),
+    "texts": (b'{"prompt": [', b'"",', b'""]}'),
+    "objects": (b'{"prompt": [', b"{},", b"{}]}"),
+    "arrays": (b'{"prompt": [', b"[],", b"[]]}"),
+    "stop strings": (b'{"prompt": "x", "stop": [', b"1,", b"1]}"),
+    "keys": (b'{"prompt": "x", "logit_bias": {', b'"1":1,', b'"2":1}}'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS_OF_SMALL_THINGS)
+@pytest.mark.parametrize("n", [LIMIT // 8 - 2, LIMIT // 128 - 2, None])
+def test_a_host_of_small_things_costs_little(server: Server, name: str, n: int | None) -> None:
+    """As many as a body has room for, or as are let in; each would take the loop seconds."""
+    begin, item, end = HOSTS_OF_SMALL_THINGS[name]
+    n = n or (LIMIT - 100) // len(item)
+    loop = server.process.pid
+    before = cpu_seconds(loop, thread=loop)
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post("/v1/completions", content=begin + n * item + end,
+                                  headers=headers)  # fmt: skip
+    assert response.status_code == 400
+    assert len(response.text) < 1000
+    assert cpu_seconds(loop, thread=loop) - before < 0.5
+
+
+def test_long_tools_and_calls_are_refused_before_they_are_tokenised(server: Server) -> None:
+    words = "many words " * 100_000
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"title": words}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": words}}
+    for fields in (
+        {"messages": MESSAGES, "tools": [tool]},
+        {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [call]}]},
+    ):
+        before = cpu_seconds(server.process.pid)
+        response = server.post(CHAT, fields)
+        assert response.json()["error"]["code"] == "context_length_exceeded", response.text
+        assert cpu_seconds(server.process.pid) - before < 1
+
+
 def test_a_huge_text_is_refused_before_it_is_tokenised(server: Server) -> None:
     before = cpu_seconds(server.process.pid)
     response = server.complete(prompt="a" * 4_000_000)
@@ -212,6 +291,19 @@ def test_slow_bodies_and_headers_are_cut(server: Server) -> None:
         assert raw.recv(1000) == b""
 
 
+def test_endless_headers_are_cut(server: Server) -> None:
+    with server.connect(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n") as raw:
+        with contextlib.suppress(ConnectionError):
+            for i in range(100):
+                raw.sendall(f"X-{i}: {'x' * 4000}\r\n".encode())
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = raw.recv(1000)
+        assert answer[:12] in (b"HTTP/1.1 431", b"")  # not 200, nor a wait for more
+    many = {f"X-{i}": "x" * 1000 for i in range(40)}
+    assert server.client.get("/health/live", headers=many).status_code == 200
+
+
 def test_bytes_that_are_no_http(server: Server) -> None:
     for garbage in (b"\x00" * 100, b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"\x16\x03\x01\x02"):
         with server.connect(garbage + b"\r\n\r\n") as raw:
@@ -223,7 +315,10 @@ def test_other_content_types_and_methods(server: Server) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         headers = {"Content-Type": kind}
         refused(server.client.post(CHAT, content=body, headers=headers), status=415)
+    headers = {"Content-Encoding": "gzip"}
+    refused(server.post(CHAT, {"messages": MESSAGES}, headers=headers), status=415)
     refused(server.client.get(CHAT), status=405)
+    refused(server.client.post(CHAT + "/", json={"messages": MESSAGES}), status=404)
     refused(server.client.get("/nothing"), status=404)
     refused(server.client.get("/v1/models/other"), "model", status=404)
 

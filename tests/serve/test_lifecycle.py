@@ -97,6 +97,65 @@ def test_a_reader_that_stops_reading_is_cut(tiny: Server) -> None:
     tiny.check_pages()
 
 
+def test_an_answer_that_nobody_reads_does_not_stay_for_ever(tiny: Server) -> None:
+    """One that is whole: the request ends, and its connection must, too."""
+    before = tiny.n_connections()
+    body = request(n=2, logprobs=100, max_tokens=600)
+    with tiny.connect(body, receive_buffer=4096) as raw:
+        tiny.wait_running(2)
+        tiny.wait_idle(60)
+        assert tiny.n_connections() == before + 1
+        assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+        tiny._await(lambda: tiny.n_connections() == before, 30)
+
+
+SLOW_EMBEDDINGS = ("--step-seconds", "0.05")
+EMBEDDINGS = {"input": [[300 + i] * 256 for i in range(64)]}  # takes 12 s or more
+
+
+def test_disconnect_during_embeddings(start: Callable[..., Server]) -> None:
+    server = start(device=SLOW_EMBEDDINGS)
+    with server.connect(raw_post("/v1/embeddings", json.dumps(EMBEDDINGS).encode())):
+        server._await(lambda: server.pages()["held"] > 0)
+
+    def record() -> dict:
+        return next((r for r in server.records() if r.get("path") == "/v1/embeddings"), {})
+
+    server._await(record)
+    assert (record()["status"], record()["error"]) == (499, "disconnected")
+    assert record()["ms"] < 10_000
+    assert record()["prompt_tokens"] == 64 * 256
+    server._await(lambda: server.pages()["held"] == 0, 5)  # when the step that runs has ended
+    server.check_pages()
+
+
+def test_embeddings_are_ended_like_answers(start: Callable[..., Server]) -> None:
+    server = start("--request-timeout", "1", "--drain-timeout", "0.1", device=SLOW_EMBEDDINGS)
+    late = server.post("/v1/embeddings", EMBEDDINGS)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    server._await(lambda: server.pages()["held"] == 0, 5)
+    answers: list[httpx.Response] = []
+    ask = threading.Thread(target=lambda: answers.append(server.post("/v1/embeddings", EMBEDDINGS)))
+    ask.start()
+    server._await(lambda: server.pages()["held"] > 0)
+    server.process.send_signal(signal.SIGTERM)
+    ask.join()
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+    assert server.stop() == 0
+
+
+def test_too_many_connections(start: Callable[..., Server]) -> None:
+    server = start("--max-connections", "3")
+    others = [server.connect() for _ in range(3)]
+    full = server.client.get("/v1/models")
+    assert (full.status_code, full.json()["error"]["code"]) == (503, "too_many_connections")
+    assert int(full.headers["Retry-After"]) >= 1
+    assert server.client.get("/health/live").status_code == 200
+    for raw in others:
+        raw.close()
+    server._await(lambda: server.client.get("/v1/models").status_code == 200)
+
+
 def test_a_full_queue_is_429(tiny: Server) -> None:
     held = [tiny.connect(request(n=1, seed=i, stream=True)) for i in range(10)]
     tiny._await(lambda: tiny.in_flight() == 10)

@@ -32,15 +32,17 @@ def run() -> None:
         time.sleep(faults.load_seconds)
         model = load_sound(settings)
         runner = model.engine.runner
-        step = runner.step
 
-        def faulty_step(batch):
-            if faults.fails_at in batch.tokens[batch.positions == 0]:
-                raise DeviceMemoryError("step: 1,000 bytes wanted, 10 free: use a shorter context")
-            time.sleep(faults.step_seconds)
-            return step(batch)
+        def with_faults(method):
+            def faulty(batch):
+                if faults.fails_at in batch.tokens[batch.positions == 0]:
+                    raise DeviceMemoryError("1,000 bytes wanted, 10 free: use a shorter context")
+                time.sleep(faults.step_seconds)
+                return method(batch)
 
-        runner.step = faulty_step
+            return faulty
+
+        runner.step, runner.hidden = with_faults(runner.step), with_faults(runner.hidden)
         return model
 
     server.load_model = load

@@ -114,6 +114,12 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
+    def n_connections(self) -> int:
+        """Connections that the server has open."""
+        lines = Path(f"/proc/{self.process.pid}/net/tcp").read_text().splitlines()[1:]
+        open_ones = [line.split()[1] for line in lines if line.split()[3] == "01"]
+        return sum(address.endswith(f":{self.port:04X}") for address in open_ones)
+
     def records(self) -> list[dict[str, Any]]:
         """The log's lines."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]

@@ -38,11 +38,13 @@ def create_app(service: Service) -> Guard:
         lifespan=lifespan,
         docs_url=None,  # those pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers={
             Problem: _on_problem,
             HeadraceError: _on_error,
             RequestValidationError: _on_validation,
             HTTPException: _on_http,
+            Exception: _on_crash,
         },
     )
     app.state.service = service
@@ -71,3 +73,8 @@ async def _on_http(http: HTTPRequest, error: Exception) -> Response:
     message = {404: "there is no such route", 405: "this route has no such method"}
     text = message.get(error.status_code, str(error.detail))
     return Problem(error.status_code, text, headers=error.headers).response()
+
+
+async def _on_crash(http: HTTPRequest, error: Exception) -> Response:
+    """The answer; the guard, to whom the error goes next, writes it down."""
+    return Problem(500, "the server failed; its log says why", code="internal_error").response()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from headrace.api import Model
 from headrace.serve import completing as common
 from headrace.serve import constrain, sse, tools
 from headrace.serve.generation import Choice, Generation
-from headrace.serve.schemas import ChatRequest, JSONSchemaFormat, NamedTool
+from headrace.serve.schemas import ChatRequest, JSONSchemaFormat, Message, NamedTool
 from headrace.serve.service import Service
 
 router = APIRouter()
@@ -28,33 +29,46 @@ async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
     n = body.n or 1
     common.check_choices(service, n, "n")
     uses_tools = bool(body.tools) and body.tool_choice != "none"
-    prompt = await service.text("messages", lambda model: _prompt(service, model, body, uses_tools))
+    offered = [tool.model_dump(exclude_none=True) for tool in body.tools or () if uses_tools]
+    prompt = await service.text(
+        "messages", lambda model: encode(service, model, body.messages, offered)
+    )
     grammar, param = _grammar(body, uses_tools)
-    requests = common.engine_requests(
-        body,
-        prompt,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        masks=[await service.mask(grammar, param) for _ in range(n)],
+    masks = [await service.mask(grammar, param) for _ in range(n)]
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = await service.text(
+        "messages",
+        lambda _: common.engine_requests(
+            body, prompt, max_tokens=max_tokens, logprobs=logprobs, masks=masks
+        ),
     )
     generation = Generation(service, requests, "messages")
-    common.note(http, generation, body.user)
+    common.note(http, body.user, generation)
     answer = _Answer(service, generation, body, uses_tools)
     if body.stream:
-        return sse.EventStream(generation, answer.stream())
-    return JSONResponse(answer.whole(await generation.collect(http)))
+        return sse.EventStream(answer.stream())
+    choices = await generation.collect()
+    return await common.respond(service, lambda: answer.whole(choices), choices)
 
 
-def _prompt(service: Service, model: Model, body: ChatRequest, uses_tools: bool) -> list[int]:
-    turns = [message.as_turn() for message in body.messages]
-    service.check_length("".join(turn["content"] for turn in turns))
+def encode(
+    service: Service,
+    model: Model,
+    messages: Sequence[Message],
+    offered: Sequence[dict[str, Any]] = (),
+) -> list[int]:
+    """Token ids of a conversation in which the tools ``offered`` may be called."""
+    turns = [message.as_turn() for message in messages]
+    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    service.check_length(
+        sum(len(turn["content"]) for turn in turns)
+        + sum(len(call["arguments"]) for call in calls)
+        + sum(len(json.dumps(tool)) for tool in offered)
+    )
     template = model.chat_template
-    offered = None
-    if uses_tools:
-        offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    source = str(model.metadata.get("tokenizer.chat_template"))
-    if tools.is_native(source):
-        return template.encode_chat(tools.with_objects(turns), tools=offered)
+    if tools.is_native(str(model.metadata.get("tokenizer.chat_template"))):
+        return template.encode_chat(tools.with_objects(turns), tools=offered or None)
     turns = tools.spell_out(turns)
     if offered:
         system = turns[0]["content"] + "\n\n" if turns[0]["role"] == "system" else ""

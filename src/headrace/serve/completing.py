@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
 
 from headrace.api import make_request
 from headrace.engine.request import Request
-from headrace.errors import HeadraceError
 from headrace.sampling import LogitsMask, TokenLogprob
-from headrace.serve.generation import Generation
-from headrace.serve.problems import Problem, from_error
+from headrace.serve.exchange import EXCHANGE, Exchange
+from headrace.serve.generation import Choice, Generation
+from headrace.serve.problems import Problem
 from headrace.serve.schemas import Sampling
 from headrace.serve.service import Service
 from headrace.text.tokenizer import Tokenizer
+
+_MANY = 5_000
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def service_of(http: HTTPRequest) -> Service:
@@ -37,19 +42,19 @@ def engine_requests(
     logprobs: int | None,
     masks: Sequence[LogitsMask | None],
 ) -> list[Request]:
-    """One request a choice of ``prompt``; choice ``i`` of a seeded request has seed + i."""
+    """One request a choice of ``prompt``; choice ``i`` of a seeded request has seed + i.
+
+    Takes a while for a long prompt: for :meth:`Service.text`.
+    """
     options = body.sampling_options() | {"max_tokens": max_tokens, "logprobs": logprobs}
     options["ignore_eos"] = bool(body.ignore_eos)
     if body.stop is not None:
         options["stop"] = body.stop
     requests = []
-    try:
-        for i, mask in enumerate(masks):
-            if body.seed is not None:
-                options["seed"] = (body.seed + i) % 2**64
-            requests.append(make_request(prompt, options | {"mask": mask}))
-    except HeadraceError as error:
-        raise from_error(error) from error
+    for i, mask in enumerate(masks):
+        if body.seed is not None:
+            options["seed"] = (body.seed + i) % 2**64
+        requests.append(make_request(prompt, options | {"mask": mask}))
     return requests
 
 
@@ -61,9 +66,27 @@ def check_choices(service: Service, n: int, param: str) -> None:
                       "of one request", param=param, code="invalid_value")  # fmt: skip
 
 
-def note(http: HTTPRequest, generation: Generation, user: str | None) -> None:
-    """What the log says of a request besides its route and time: counts and who, never text."""
-    http.scope["headrace.log"] = {"generation": generation, "user": user}
+def note(
+    http: HTTPRequest, user: str | None, generation: Generation | None = None, **facts: Any
+) -> None:
+    """What the log says of a request besides its route and time: counts and who, never text.
+
+    From here on ``generation`` ends when the request does.
+    """
+    exchange: Exchange = http.scope[EXCHANGE]
+    exchange.note(user, generation, **facts)
+
+
+async def respond(
+    service: Service, answer: Callable[[], dict[str, Any]], choices: Sequence[Choice]
+) -> Response:
+    """``answer()``, of ``choices``, as JSON; in a thread if they have many log probabilities."""
+    n = sum(1 + len(entry.top) for choice in choices for entry in choice.logprobs)
+    if n < _MANY:
+        return JSONResponse(answer())
+    # Piece by piece: the encoder in C would keep all threads waiting until it is done.
+    content = await service.in_thread(lambda: "".join(_ENCODER.iterencode(answer())).encode())
+    return Response(content, media_type="application/json")
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:

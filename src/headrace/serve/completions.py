@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from headrace.api import Model
+from headrace.engine.request import Request
 from headrace.sampling import TokenLogprob
 from headrace.serve import completing as common
 from headrace.serve import sse
@@ -27,20 +30,24 @@ async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
     prompts = as_prompts(body.prompt)
     n = body.n or 1
     common.check_choices(service, n * len(prompts), "n" if n > 1 else "prompt")
-    ids = await service.text("prompt", lambda model: service.tokenise(model, prompts))
-    requests = [
-        request
-        for tokens in ids
-        for request in common.engine_requests(
-            body, tokens, max_tokens=body.max_tokens, logprobs=body.logprobs, masks=[None] * n
-        )
-    ]
+
+    def build(model: Model) -> list[Request]:
+        return [
+            request
+            for ids in service.tokenise(model, prompts)
+            for request in common.engine_requests(
+                body, ids, max_tokens=body.max_tokens, logprobs=body.logprobs, masks=[None] * n
+            )
+        ]
+
+    requests = await service.text("prompt", build)
     generation = Generation(service, requests, "prompt")
-    common.note(http, generation, body.user)
+    common.note(http, body.user, generation)
     answer = _Answer(service, generation, body, len(requests))
     if body.stream:
-        return sse.EventStream(generation, answer.stream())
-    return JSONResponse(answer.whole(await generation.collect(http)))
+        return sse.EventStream(answer.stream())
+    choices = await generation.collect()
+    return await common.respond(service, lambda: answer.whole(choices), choices)
 
 
 def as_prompts(given: str | list[Any]) -> list[str | list[int]]:
@@ -58,7 +65,7 @@ class _Answer:
         self._tokenizer = service.model.tokenizer
         self._name = service.settings.served_name
         self._id, self._created = common.new_id("cmpl"), common.now()
-        self._n_shown = [0] * n
+        self._shown = [_Shown() for _ in range(n)]
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         listed = [
@@ -84,26 +91,43 @@ class _Answer:
 
     def _logprobs(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
         """Four lists side by side; offsets count characters from the start of the answer."""
-        tokens = [self._text(entry.token) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._n_shown[index])
-            self._n_shown[index] += len(token)
+        data = [self._tokenizer.token_bytes(entry.token) for entry in entries]
         return {
-            "tokens": tokens,
+            "tokens": [_token(one) for one in data],
             "token_logprobs": [max(entry.logprob, -9999.0) for entry in entries],
             "top_logprobs": [
-                {self._text(token): max(value, -9999.0) for token, value in entry.top}
+                {
+                    _token(self._tokenizer.token_bytes(token)): max(value, -9999.0)
+                    for token, value in entry.top
+                }
                 for entry in entries
             ],
-            "text_offset": offsets,
+            "text_offset": [self._shown[index].offset(one) for one in data],
         }
-
-    def _text(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token).decode(errors="replace")
 
     def _object(self, **fields: Any) -> dict[str, Any]:
         return {
             "id": self._id, "object": "text_completion", "created": self._created,
             "model": self._name, **fields,
         }  # fmt: skip
+
+
+class _Shown:
+    """How many characters of an answer came before each of its tokens."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def offset(self, token: bytes) -> int:
+        before = self._n
+        self._n += len(self._decoder.decode(token))
+        return before
+
+
+def _token(data: bytes) -> str:
+    """A token's text, or as OpenAI writes the pieces of a character: ``bytes:\\xe6\\x97``."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import RequestError
-from headrace.serve.problems import Problem
+from headrace.serve.problems import Problem, busy
 from headrace.text.tokenizer import Tokenizer
 
 _WORKER = Path(__file__).with_name("grammar_worker.py")
 _WALL_SECONDS = 20.0
 _MAX_KEPT = 64
+_MAX_WAITING = 64
 _MAX_GRAMMAR = 1 << 20
 _STACK_BYTES = 64 << 20  # eight times the child's, of which only what is used takes memory
 _LIMITS: Mapping[str, Any] = {"step_lexer_fuel": 100_000, "step_max_items": 25_000,
@@ -46,10 +47,9 @@ JSON_OPTIONS: Mapping[str, Any] = {
 def json_grammar(schema: Mapping[str, Any], param: str) -> str:
     """The grammar of the JSON values that ``schema`` allows. Problem (400) when it is none."""
     try:
-        text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+        return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}]})
     except (RecursionError, ValueError) as error:
         raise _refused(f"it cannot be read: {error}", param) from None
-    return json.dumps({"grammars": [{"json_schema": json.loads(text)}]})
 
 
 class Grammars:
@@ -59,28 +59,30 @@ class Grammars:
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._vocabulary: Any = None
-        self._checks = asyncio.Semaphore(2)
-        self._thread = _Thread()
+        self._turn = asyncio.Semaphore(2)
+        self._n_waiting = 0
+        # Two threads: what takes long to compile must not keep the masks of others waiting.
+        self._compiler, self._masks = _Thread("headrace-grammar"), _Thread("headrace-mask")
 
     async def mask(self, grammar: str, n_vocab: int, param: str) -> Mask:
-        """A fresh mask for one completion. Problem (400) when the grammar does not compile."""
+        """A fresh mask for one completion. Problem: a grammar that does not compile (400), or too
+        many that are to be compiled (429)."""
         if self._vocabulary is None:
             raise _refused("this model has no token that would end the answer", param)
         if len(grammar) > _MAX_GRAMMAR:
             raise _refused(f"more than {_MAX_GRAMMAR >> 20} MiB", param)
-        if grammar in self._kept:
-            self._kept.move_to_end(grammar)
-        else:
-            await self._check(grammar, param)
-            work = self._thread.submit(lambda: _compile(self._vocabulary, grammar))
-            self._kept[grammar] = matcher = await asyncio.wrap_future(work)
-            if matcher.is_error():
-                del self._kept[grammar]
-                raise _refused(matcher.get_error(), param)
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-        matcher = self._kept[grammar]
-        return Mask(self._thread.submit, matcher.deep_copy, n_vocab)
+        if grammar not in self._kept:
+            if self._n_waiting >= _MAX_WAITING:
+                raise busy("too many new schemas are to be compiled", retry_after=5)
+            self._n_waiting += 1
+            try:
+                async with self._turn:
+                    if grammar not in self._kept:  # another request may have brought it
+                        await self._compile(grammar, param)
+            finally:
+                self._n_waiting -= 1
+        self._kept.move_to_end(grammar)
+        return Mask(self._masks.submit, self._kept[grammar].deep_copy, n_vocab, param)
 
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Build what all grammars share. Takes a while: call it while the model loads."""
@@ -88,35 +90,44 @@ class Grammars:
             self._vocabulary = _vocabulary(tokenizer)
 
     def close(self) -> None:
-        self._thread.close()
+        self._compiler.close()
+        self._masks.close()
 
-    async def _check(self, grammar: str, param: str) -> None:
-        """Try ``grammar`` in a child process."""
-        async with self._checks:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", str(_WORKER),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH")
-                     if name in os.environ},
-            )  # fmt: skip
-            request = json.dumps({"grammar": grammar, "limits": _LIMITS}).encode()
-            try:
-                async with asyncio.timeout(_WALL_SECONDS):
-                    answer, _ = await process.communicate(request)
-            except TimeoutError:
-                raise _refused(
-                    f"it takes more than {_WALL_SECONDS:g} s to compile", param
-                ) from None
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-        if process.returncode != 0:
-            raise _refused("it is nested too deeply, or takes too much time or memory", param)
-        if error := json.loads(answer)["error"]:
-            raise _refused(error, param)
+    async def _compile(self, grammar: str, param: str) -> None:
+        await _check(grammar, param)
+        work = self._compiler.submit(lambda: _compile(self._vocabulary, grammar))
+        matcher = await asyncio.wrap_future(work)
+        if matcher.is_error():
+            raise _refused(matcher.get_error(), param)
+        self._kept[grammar] = matcher
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
+
+
+async def _check(grammar: str, param: str) -> None:
+    """Try ``grammar`` in a child process. Problem (400) when it does not compile."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", str(_WORKER),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH")
+             if name in os.environ},
+    )  # fmt: skip
+    request = json.dumps({"grammar": grammar, "limits": _LIMITS}).encode()
+    try:
+        async with asyncio.timeout(_WALL_SECONDS):
+            answer, _ = await process.communicate(request)
+    except TimeoutError:
+        raise _refused(f"it takes more than {_WALL_SECONDS:g} s to compile", param) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise _refused("it is nested too deeply, or takes too much time or memory", param)
+    if error := json.loads(answer)["error"]:
+        raise _refused(error, param)
 
 
 class Mask:
@@ -131,8 +142,11 @@ class Mask:
         submit: Callable[[Callable[[], Any]], Future[Any]],
         new_matcher: Callable[[], Any],
         n_vocab: int,
+        param: str,
     ) -> None:
+        """param: the field of the request that asks for it."""
         self._submit, self._new_matcher, self._n_vocab = submit, new_matcher, n_vocab
+        self._param = param
         self._matcher: Any = None
         self._n_consumed = 0
         self._next = submit(self._first)
@@ -159,7 +173,8 @@ class Mask:
     def _compute(self) -> NDArray[np.bool_]:
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise RequestError(f"the constraint failed: {_one_line(self._matcher.get_error())}")
+            why = _one_line(self._matcher.get_error())
+            raise RequestError(f"{self._param}: the constraint failed: {why}")
         allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
         mask = np.zeros(self._n_vocab, np.bool_)
         n = min(len(allowed), self._n_vocab)
@@ -170,11 +185,11 @@ class Mask:
 class _Thread:
     """One worker with a deep stack. (An executor cannot be given one.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         before = threading.stack_size(_STACK_BYTES)
         try:
-            threading.Thread(target=self._run, name="headrace-grammar", daemon=True).start()
+            threading.Thread(target=self._run, name=name, daemon=True).start()
         finally:
             threading.stack_size(before)
 
@@ -189,6 +204,8 @@ class _Thread:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             function, future = work
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except Exception as error:

@@ -7,9 +7,6 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starlette.requests import Request as HTTPRequest
-from starlette.types import Receive
-
 from headrace.backend import PAGE_SIZE
 from headrace.engine.request import FinishReason, Request
 from headrace.engine.sequence import Event
@@ -89,7 +86,6 @@ class Generation:
         self._timer = asyncio.get_running_loop().call_later(
             service.settings.request_timeout, self._expire
         )
-        service.generations.add(self)
         try:
             following = {i for group in self._followers.values() for i in group}
             self._start(i for i in range(len(requests)) if i not in following)
@@ -112,22 +108,12 @@ class Generation:
                     if piece.text or piece.logprobs or piece.finish_reason:
                         yield piece
 
-    async def collect(self, http: HTTPRequest) -> list[Choice]:
-        """All choices, complete. Ends everything when the client goes away."""
+    async def collect(self) -> list[Choice]:
+        """All choices, complete."""
         choices = [Choice() for _ in self._streams]
-        watcher = asyncio.create_task(self.cancel_on_disconnect(http.receive))
-        try:
-            async for piece in self:
-                choices[piece.index].add(piece)
-        finally:
-            watcher.cancel()
-            self.cancel()
+        async for piece in self:
+            choices[piece.index].add(piece)
         return choices
-
-    async def cancel_on_disconnect(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.abort(Problem(499, "the client has gone", code="disconnected"))
 
     def abort(self, problem: Problem) -> None:
         """End everything now; whoever iterates gets ``problem``."""
@@ -138,7 +124,6 @@ class Generation:
     def cancel(self) -> None:
         """End what has not ended. Idempotent."""
         self._timer.cancel()
-        self._service.generations.discard(self)
         self._engine.unreserve(self._n_reserved)
         self._n_reserved = 0
         for stream in self._streams:

@@ -9,6 +9,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 
 from headrace.api import Model
+from headrace.serve.chat import encode as encode_chat
 from headrace.serve.completing import service_of
 from headrace.serve.problems import unavailable
 from headrace.serve.schemas import DetokenizeRequest, TokenizeRequest
@@ -45,30 +46,28 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, http: HTTPRequest) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, http: HTTPRequest) -> Response:
     """Token ids of a text or a conversation."""
     service = service_of(http)
 
     def encode(model: Model) -> list[int]:
         if body.messages is not None:
-            turns = [message.as_turn() for message in body.messages]
-            service.check_length("".join(turn["content"] for turn in turns))
-            return model.chat_template.encode_chat(turns)
+            return encode_chat(service, model, body.messages)
         text = body.text or ""
-        service.check_length(text)
+        service.check_length(len(text))
         return model.tokenize(text, special=body.special, bos=body.bos)
 
     tokens = await service.text("messages" if body.messages else "text", encode)
-    return {"tokens": tokens, "count": len(tokens)}
+    return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, http: HTTPRequest) -> dict[str, Any]:
+async def detokenize(body: DetokenizeRequest, http: HTTPRequest) -> Response:
     """The text of token ids."""
     text = await service_of(http).text(
         "tokens", lambda model: model.detokenize(body.tokens, special=body.special)
     )
-    return {"text": text}
+    return JSONResponse({"text": text})
 
 
 @router.get("/health/live")

@@ -29,7 +29,9 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _MAX_MESSAGE = 500
-_SAMPLING_FIELDS = {*SamplingParams.__dataclass_fields__, "stop", "max_tokens"}
+_NAMED = {*SamplingParams.__dataclass_fields__, "stop", "max_tokens", "response_format", "tools",
+          "text"}  # fmt: skip
+"""Fields that the library's messages begin with."""
 _NOT_FIELDS = {"body", "query", "path", "str", "int", "float", "bool", "none"}
 """Parts of pydantic's error places that are no names of fields: sources, and members of unions."""
 
@@ -79,7 +81,7 @@ def from_error(error: HeadraceError, param: str | None = None) -> Problem:
         return Problem(400, message, param=param, code="context_length_exceeded")
     if isinstance(error, RequestError):
         named = re.match(r"([a-z_]+)(?:\[\d+\])?(?:: | must )", message)
-        if named and named[1] in _SAMPLING_FIELDS:
+        if named and named[1] in _NAMED:
             param = named[1]
         return Problem(400, message, param=param, code="invalid_value")
     if isinstance(error, (TemplateError, TokenizerError)):

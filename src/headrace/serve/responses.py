@@ -13,11 +13,10 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 
 from headrace.api import Model, make_request
-from headrace.errors import HeadraceError
 from headrace.serve import completing as common
 from headrace.serve import constrain, sse
 from headrace.serve.generation import Generation
-from headrace.serve.problems import Problem, from_error
+from headrace.serve.problems import Problem
 from headrace.serve.schemas import (
     InputMessage,
     ResponseJSONObject,
@@ -37,7 +36,7 @@ async def create_response(body: ResponsesRequest, http: HTTPRequest) -> Response
     turns = _turns(body)
 
     def encode(model: Model) -> list[int]:
-        service.check_length("".join(turn["content"] for turn in turns))
+        service.check_length(sum(len(turn["content"]) for turn in turns))
         return model.chat_template.encode_chat(turns)
 
     prompt = await service.text("input", encode)
@@ -47,16 +46,13 @@ async def create_response(body: ResponsesRequest, http: HTTPRequest) -> Response
     if body.top_p is not None:
         options["top_p"] = body.top_p
     options["mask"] = await service.mask(_grammar(body), "text")
-    try:
-        request = make_request(prompt, options)
-    except HeadraceError as error:
-        raise from_error(error, "input") from error
+    request = await service.text("input", lambda _: make_request(prompt, options))
     generation = Generation(service, [request], "input")
-    common.note(http, generation, body.user)
+    common.note(http, body.user, generation)
     answer = _Answer(service, generation, body)
     if body.stream:
-        return sse.EventStream(generation, answer.stream())
-    [choice] = await generation.collect(http)
+        return sse.EventStream(answer.stream())
+    [choice] = await generation.collect()
     return JSONResponse(answer.whole(choice.text, choice.finish_reason))
 
 

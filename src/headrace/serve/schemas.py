@@ -3,25 +3,42 @@
 Anything else is refused by name: a field is never taken and ignored. Fields of which only the
 value that changes nothing is possible here are typed as that value, because clients send them.
 Omitted sampling fields have headrace's own defaults (:class:`headrace.sampling.SamplingParams`).
+Every list stops at its first error: a million of them would take pydantic a minute to write down.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from headrace.engine.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from headrace.sampling import MAX_LOGPROBS
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_PARTS = 1024
+MAX_TOKENS = 2**18
+"""Of one text to detokenise."""
 _MAX_INT = 2**31 - 1
 
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 _TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
 _Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
+_Tokens = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1)]
+_Nothing = Annotated[list[Any], Field(max_length=0)]
+_User = Annotated[str, Field(max_length=256, description="Goes to the log.")]
+
+
+def _only_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported here")
+    return value
+
+
+# Not Literal[False], which takes 0 as well.
+_False = Annotated[bool, AfterValidator(_only_false), Field(json_schema_extra={"const": False})]
 
 
 class Body(BaseModel):
@@ -42,7 +59,9 @@ class Sampling(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: _Positive | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None
+    ) = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
@@ -62,7 +81,7 @@ class Sampling(Body):
         | None
     ) = None
     ignore_eos: bool | None = False
-    user: Annotated[str, Field(max_length=256, description="Goes to the log.")] | None = None
+    user: _User | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -100,12 +119,14 @@ class Message(Body):
     """One turn. The fields after ``tool_call_id`` come back from answers and must be empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = (
+        None
+    )
     name: _Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=128)] | None = None
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: _Nothing | None = None
     audio: None = None
     function_call: None = None
 
@@ -133,6 +154,9 @@ class Message(Body):
         if self.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return turn
+
+
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 class Function(Body):
@@ -184,17 +208,17 @@ ResponseFormat = Annotated[
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: _Messages
     max_completion_tokens: _Positive | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
-    store: Literal[False] | None = None
+    store: _False | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=1)] | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -223,17 +247,14 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[_TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=1024)]
-        | Annotated[
-            list[Annotated[list[_TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=1024),
-        ]
+        | _Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
+        | Annotated[list[_Tokens], Field(fail_fast=True, min_length=1, max_length=1024)]
     )
     max_tokens: _Positive | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: _False | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: None = None
 
 
@@ -243,28 +264,25 @@ class EmbeddingRequest(Body):
     model: Annotated[str, Field(max_length=512)] | None = None
     input: (
         str
-        | Annotated[list[_TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=4096)]
-        | Annotated[
-            list[Annotated[list[_TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=4096),
-        ]
+        | _Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=4096)]
+        | Annotated[list[_Tokens], Field(fail_fast=True, min_length=1, max_length=4096)]
     )
     encoding_format: Literal["float", "base64"] | None = "float"
-    user: Annotated[str, Field(max_length=256, description="Goes to the log.")] | None = None
+    user: _User | None = None
 
 
 class InputText(Body):
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: _Nothing | None = None
+    logprobs: _Nothing | None = None
 
 
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: str | Annotated[list[InputText], Field(fail_fast=True, max_length=MAX_PARTS)]
     id: Annotated[str, Field(max_length=128)] | None = None
     status: Literal["completed", "incomplete", "in_progress"] | None = None
 
@@ -294,27 +312,32 @@ class ResponsesRequest(Body):
     """``POST /v1/responses``: text in, text out. Nothing is stored."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: (
+        str
+        | Annotated[
+            list[InputMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+        ]
+    )
     instructions: str | None = None
     max_output_tokens: _Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = False
     text: ResponseTextOptions | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: _False | None = None
+    background: _False | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     previous_response_id: None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    user: Annotated[str, Field(max_length=256, description="Goes to the log.")] | None = None
+    tools: _Nothing | None = None
+    user: _User | None = None
 
 
 class TokenizeRequest(Body):
     """``POST /tokenize``: a text, or a conversation as the chat template writes it."""
 
     text: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: _Messages | None = None
     special: Annotated[bool, Field(description="Control tokens in the text become tokens.")] = False
     bos: Annotated[bool, Field(description="Begin with BOS if the model asks for it.")] = False
 
@@ -330,5 +353,5 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    tokens: list[_TokenId]
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]
     special: Annotated[bool, Field(description="Show control tokens.")] = False

@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace import api
 from headrace.api import Model
@@ -18,6 +17,7 @@ from headrace.errors import RequestError
 from headrace.serve import logs
 from headrace.serve.app import create_app
 from headrace.serve.problems import unavailable
+from headrace.serve.protocol import protocol
 from headrace.serve.service import Service
 from headrace.serve.settings import Settings
 
@@ -50,14 +50,13 @@ def serve(settings: Settings, load: Callable[[], Model] | None = None) -> None:
         create_app(service),
         host=settings.host,
         port=settings.port,
-        http=_protocol(settings),
+        http=protocol(settings),
         ws="none",
         lifespan="on",
         proxy_headers=False,
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(settings.drain_timeout) + 10,
     )
@@ -100,10 +99,9 @@ class _Server(uvicorn.Server):
         logger.info("draining", extra={"facts": {"in_flight": service.engine.in_flight}})
         loop = asyncio.get_running_loop()
         deadline = loop.time() + service.settings.drain_timeout
-        while service.generations and loop.time() < deadline and self._signals < 2:
+        while service.exchanges and loop.time() < deadline and self._signals < 2:
             await asyncio.sleep(0.02)
-        for generation in list(service.generations):
-            generation.abort(unavailable("the server is shutting down", "shutting_down", 5))
+        service.end_all(unavailable("the server is shutting down", "shutting_down", 5))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -113,34 +111,5 @@ class _Server(uvicorn.Server):
         state = self._service.engine.state
         logger.info(state)
         if state == "failed":
+            self._service.end_all(unavailable("the engine has failed", "failed", 5))
             self.should_exit = True
-
-
-def _protocol(settings: Settings) -> type[HttpToolsProtocol]:
-    class Protocol(HttpToolsProtocol):
-        """uvicorn's, which waits for ever for the headers of a request, and cannot be cut."""
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._await_headers()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            extensions: dict[str, Any] = {"headrace.abort": self.transport.abort}
-            self.scope["extensions"] = extensions
-            self._await_headers()
-
-        def on_headers_complete(self) -> None:
-            self._header_timer.cancel()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._header_timer.cancel()
-            super().connection_lost(exc)
-
-        def _await_headers(self) -> None:
-            if (timer := getattr(self, "_header_timer", None)) is not None:
-                timer.cancel()
-            self._header_timer = self.loop.call_later(settings.header_timeout, self.transport.abort)
-
-    return Protocol

@@ -14,7 +14,7 @@ from headrace.errors import ContextOverflowError, HeadraceError
 from headrace.sampling import LogitsMask
 from headrace.serve.constrain import Grammars
 from headrace.serve.engine_thread import EngineThread
-from headrace.serve.generation import Generation
+from headrace.serve.exchange import Exchange
 from headrace.serve.metrics import Metrics
 from headrace.serve.problems import Problem, from_error
 from headrace.serve.settings import Settings
@@ -37,7 +37,7 @@ class Service:
             return model
 
         self.engine = EngineThread(load_all, capacity, self.metrics)
-        self.generations: set[Generation] = set()
+        self.exchanges: set[Exchange] = set()
         self.created = int(time.time())
         self.metrics.watch(lambda: self.engine.engine, lambda: self.engine.in_flight)
         # Tokenising and templates, off the loop. More threads would only take turns.
@@ -61,11 +61,14 @@ class Service:
     async def text(self, param: str, function: Callable[[Model], T]) -> T:
         """``function`` of the model, in a thread for text. Its errors are about ``param``."""
         model = self.model
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._text_threads, function, model)
+            return await self.in_thread(lambda: function(model))
         except HeadraceError as error:
             raise from_error(error, param) from error
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """``function()``, in a thread for text."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
 
     async def mask(self, grammar: str | None, param: str) -> LogitsMask | None:
         """A fresh mask for one completion under ``grammar``, if there is one."""
@@ -74,12 +77,13 @@ class Service:
         model = self.model
         return await self.grammars.mask(grammar, model.config.n_vocab, param)
 
-    def check_length(self, text: str) -> None:
-        """ContextOverflowError for a text that cannot fit the context, before it is tokenised."""
-        longest, context = self._longest_token, self.model.context
-        if len(text) > longest * context:
+    def check_length(self, n: int) -> None:
+        """ContextOverflowError for ``n`` characters that cannot fit the context, however they are
+        tokenised."""
+        context = self.model.context
+        if n > self._longest_token * context:
             raise ContextOverflowError(
-                f"a text of {len(text)} characters does not fit the context of {context} tokens"
+                f"a text of {n} characters does not fit the context of {context} tokens"
             )
 
     def tokenise(self, model: Model, texts: Iterable[str | Sequence[int]]) -> list[list[int]]:
@@ -87,8 +91,12 @@ class Service:
         ids = []
         for text in texts:
             if isinstance(text, str):
-                self.check_length(text)
+                self.check_length(len(text))
                 text = model.tokenize(text, bos=True)
+            elif len(text) > model.context:
+                raise ContextOverflowError(
+                    f"a prompt of {len(text)} tokens does not fit the context of {model.context}"
+                )
             ids.append(list(text))
         return ids
 
@@ -97,6 +105,11 @@ class Service:
         """Bytes of the vocabulary's longest token: no token covers more characters than that."""
         tokenizer = self.model.tokenizer
         return max(len(tokenizer.token_text(i).encode()) for i in range(tokenizer.n_vocab))
+
+    def end_all(self, problem: Problem) -> None:
+        """End every request that is being answered."""
+        for exchange in list(self.exchanges):
+            exchange.end(problem)
 
     async def close(self) -> None:
         await self.engine.close()
