@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from headrace.backend import PAGE_SIZE, Batch
+from headrace.backend import PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda import launchers
-from headrace.cuda.decode import GreedyDecode
-from headrace.cuda.device import Launch
+from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
 from headrace.cuda.launchers import Tuning
 from headrace.cuda.lowering import Step
@@ -33,6 +32,7 @@ from headrace.cuda.runner import CUDARunner
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
+from headrace.sampling import SamplingParams
 from headrace.synth import write_synthetic
 
 REPEATS = 15
@@ -48,7 +48,7 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def timed(device: CUDADevice, work: Callable[[], None], inner: int = 1) -> dict[str, float]:
+def timed(device: Device, work: Callable[[], None], inner: int = 1) -> dict[str, float]:
     """Microseconds of one ``work``, by device events around ``inner`` of them."""
 
     def many() -> None:
@@ -60,9 +60,8 @@ def timed(device: CUDADevice, work: Callable[[], None], inner: int = 1) -> dict[
     return summary([device.elapsed(many) * 1e6 / inner for _ in range(REPEATS)])
 
 
-def read_ceiling(device: CUDADevice) -> dict[str, float]:
+def read_ceiling(device: Device, n_bytes: int = 4 << 30) -> dict[str, float]:
     """GB/s of a plain read kernel over 4 GB."""
-    n_bytes = 4 << 30
     address = device.allocate(n_bytes, "read ceiling")
     launch = launchers.read(device, address, n_bytes, address)
     device.clear(address, n_bytes)
@@ -105,7 +104,7 @@ def synthetic(shape: str, recipe: str, folder: Path) -> Decoder:
 def weight_bytes(launch: Launch, runner: CUDARunner) -> int:
     """Bytes of weights a matvec launch reads, by the addresses it was given."""
     addresses = getattr(launch.arguments, "weights", ())
-    sizes = runner.matrix_bytes()
+    sizes = runner.executor.weights.matrix_bytes()
     if isinstance(addresses, int):
         return 0
     return sum(sizes[address] for address in addresses if address)
@@ -113,12 +112,15 @@ def weight_bytes(launch: Launch, runner: CUDARunner) -> int:
 
 def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
     """Each kind of launch of one token, timed as a graph of all its occurrences in a row."""
-    device = runner.device
-    runner.set_row(1, depth, list(range(depth // PAGE_SIZE + 1)))
+    executor = runner.executor
+    device = executor.device
+    pages = np.arange(depth // PAGE_SIZE + 1, dtype=np.int32)[None]
+    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    executor.bring(Batch(one, one * depth, zero, pages, zero))
     step = Step(1, depth + 1, ((0, 1),))
     kinds: dict[str, list[Launch]] = {}
     for operation in runner.decoder.operations:
-        for launch in runner.lowering.lower(operation, step):
+        for launch in executor.lowering.lower(operation, step):
             kinds.setdefault(f"{type(operation).__name__} {launch.spec.name}", []).append(launch)
     rows = []
     for kind, launches in kinds.items():
@@ -137,43 +139,48 @@ def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
     return rows
 
 
-def decode(runner: CUDARunner, depth: int, count: int = 32) -> dict[str, Any]:
+SAMPLINGS = {
+    "greedy": SamplingParams(temperature=0),
+    "llama.cpp's defaults": SamplingParams(),
+    "all of the vocabulary": SamplingParams(top_k=0, top_p=1.0, min_p=0.0),
+    "top_p alone": SamplingParams(top_k=0, top_p=0.95, min_p=0.0),
+}
+
+
+def decode(runner: CUDARunner, depth: int, count: int = 32, how: str = "greedy") -> dict[str, Any]:
     """Decode after ``depth`` positions (whatever they hold): by events, and as the host sees it."""
-    device = runner.device
-    pages = list(range(-(-(depth + 4 * count + 64) // PAGE_SIZE)))
-    loop = GreedyDecode(runner)
-    loop.start(1, depth, pages)
-    list(loop.tokens(8))  # captures
+    device = runner.executor.device
+    pages = list(range(-(-(depth + count + 64) // PAGE_SIZE)))
+    row = DecodeRow([1] * (depth + 1), pages, 1, SAMPLINGS[how], 0)
 
     def run() -> None:
-        loop.start(1, depth, pages)
-        for _ in loop.tokens(count):
+        for _ in runner.decode([row], count):
             pass
 
+    run()  # captures
     samples = [device.elapsed(run) * 1e6 / count for _ in range(REPEATS)]
-    before = device.counters.synchronisations
+    counters = device.counters
+    before = counters.synchronisations, counters.graph_launches
     walls = []
     for _ in range(REPEATS):
-        loop.start(1, depth, pages)
         start = time.perf_counter()
-        for _ in loop.tokens(count):
-            pass
+        run()
         walls.append((time.perf_counter() - start) * 1e6 / count)
-    blocking = device.counters.synchronisations - before
-    loop.close()
-    return {"depth": depth, "us": summary(samples), "wall_us": summary(walls),
+    tokens = REPEATS * count
+    return {"depth": depth, "sampling": how, "us": summary(samples), "wall_us": summary(walls),
             "tok_per_s": 1e6 / summary(walls)["median"],
-            "blocking_synchronisations": blocking}  # fmt: skip
+            "blocking_synchronisations": counters.synchronisations - before[0],
+            "graph_launches_per_token": (counters.graph_launches - before[1]) / tokens}  # fmt: skip
 
 
 def row_curve(runner: CUDARunner, counts: list[int]) -> list[dict[str, Any]]:
     """A step of many rows, each the first token of a sequence of its own, as a graph."""
-    device, curve = runner.device, []
+    device, curve = runner.executor.device, []
     for n in counts:
         zeros, ones = np.zeros(n, np.int32), np.ones(n, np.int32)
         table = np.arange(n, dtype=np.int32)[:, None]
         runner.step(Batch(ones, zeros, np.arange(n, dtype=np.int32), table, zeros[:1]))  # uploads
-        launches = runner.lowering.launches(Step(n, 64, ((0, n),)))
+        launches = runner.executor.lowering.launches(Step(n, 64, ((0, n),)))
         device.prepare(launch.spec for launch in launches)
 
         def record(batch: list[Launch] = launches) -> None:
@@ -208,17 +215,19 @@ def measure(
     decoder: Decoder, name: str, ceiling: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    runner = CUDARunner(decoder, CUDADevice(), tuning=Tuning(*options.tuning))
+    runner = CUDARunner(decoder, tuning=Tuning(*options.tuning))
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
-    launches = runner.lowering.launches(Step(1, 64, ((0, 1),)))
+    launches = runner.executor.lowering.launches(Step(1, 64, ((0, 1),)))
     total = sum(weight_bytes(launch, runner) for launch in launches)
     decodes = [decode(runner, depth) for depth in options.depths]
+    decodes += [decode(runner, options.depths[0], how=how) for how in list(SAMPLINGS)[1:]]
     for d in decodes:
         us, rate = d["us"], total / d["us"]["median"] / 1e3
         d["share_of_ceiling"] = rate / ceiling
         print(
-            f"{name} depth {d['depth']}: {d['tok_per_s']:.0f} tok/s ({us['median']:.0f} us, "
+            f"{name} depth {d['depth']}, {d['sampling']}: {d['tok_per_s']:.0f} tok/s "
+            f"({us['median']:.0f} us, "
             f"{us['low']:.0f} to {us['high']:.0f}), {rate:,.0f} GB/s of weights = "
             f"{rate / ceiling:.1%} of the ceiling",
             flush=True,

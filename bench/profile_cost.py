@@ -1,0 +1,132 @@
+"""What the profiler costs a CPU step: its code when it is off, and the time stamps when it is on.
+
+    python bench/profile_cost.py smollm2
+
+Three runners of one model make tokens in turn, in one process: with the step compiled without any
+of the profiler's code, with it as it is, and with time stamps. Ratios are of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from llvmlite import binding as llvm
+
+from headrace import hub
+from headrace.backend import Batch
+from headrace.cpu import compile as compiling
+from headrace.cpu.runner import CPURunner
+from headrace.gguf import open_gguf
+from headrace.model import load_decoder
+
+VARIANTS = ("without its code", "off", "on")
+PAGES = 8
+
+
+def write_bare_step(path: Path) -> None:
+    """The object code of the step, as it would be without a profiler. Once a process."""
+    from headrace.cpu import ahead_of_time, step
+    from headrace.cpu.ops import compiled
+
+    barrier = step.barrier
+
+    @compiled
+    def end_phase(shared, n_threads, stamps, phase):  # type: ignore[no-untyped-def]
+        barrier(shared, n_threads)
+        return phase
+
+    @compiled
+    def stamp(stamps, phase, which):  # type: ignore[no-untyped-def]
+        pass
+
+    step._end_phase, step._stamp = end_phase, stamp
+    assembly = ahead_of_time.step_assembly()
+    path.write_bytes(compiling.emit_object(assembly, compiling.host_target(), ["take_part"]))
+
+
+class BareRunner(CPURunner):
+    """The same runner with the step of ``code``."""
+
+    def __init__(self, decoder: object, threads: int | None, code: bytes) -> None:
+        super().__init__(decoder, threads)  # type: ignore[arg-type]
+        machine = compiling.host_target().machine()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        kind = type(self._take_part)
+        self._take_part = kind(self._engine.get_function_address("take_part"))
+
+
+def batch(position: int) -> Batch:
+    token = np.array([7919 * position % 1000], np.int32)
+    table = np.arange(PAGES, dtype=np.int32)[None, :]
+    return Batch(token, np.array([position], np.int32), np.zeros(1, np.int32), table,
+                 np.zeros(1, np.int32))  # fmt: skip
+
+
+def measure(path: Path, threads: int | None, tokens: int) -> dict[str, list[float]]:
+    """Seconds of each token, by variant."""
+    with tempfile.TemporaryDirectory() as folder:
+        bare = Path(folder) / "step.o"
+        subprocess.run([sys.executable, __file__, "--write-bare-step", str(bare)], check=True)
+        code = bare.read_bytes()
+    decoder = load_decoder(open_gguf(path))
+    runners = (BareRunner(decoder, threads, code), *(CPURunner(decoder, threads) for _ in "12"))
+    steps = []
+    for runner in runners:
+        runner.allocate_cache(PAGES)
+        steps.append(runner.instrument().plain_step)
+    steps[2] = runners[2].instrument().timed_step
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for i in range(tokens):
+        turns = list(zip(VARIANTS, steps, strict=True))
+        random.shuffle(turns)
+        for name, step in turns:
+            step(batch(i % 64))  # this runner's threads wake
+            start = time.perf_counter()
+            step(batch(i % 64))
+            seconds[name].append(time.perf_counter() - start)
+    for runner in runners:
+        runner.close()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="a path or a name headrace knows")
+    parser.add_argument("--threads", "-t", type=int)
+    parser.add_argument("--tokens", "-n", type=int, default=400)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    seconds = measure(hub.resolve(arguments.model), arguments.threads, arguments.tokens)
+    bare = np.array(seconds[VARIANTS[0]])
+    facts = []
+    for name in VARIANTS:
+        ratios = np.array(seconds[name]) / bare
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        median = float(np.median(seconds[name]))
+        facts.append(
+            {"variant": name, "seconds": median, "ratio": middle, "quartiles": [low, high]}
+        )
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, "variants": facts}))
+        return
+    for fact in facts:
+        low, high = fact["quartiles"]
+        print(f"{fact['variant']:16} {fact['seconds'] * 1e3:.3f} ms  x {fact['ratio']:.4f} "
+              f"(quartiles {low:.3f} to {high:.3f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--write-bare-step"]:
+        write_bare_step(Path(sys.argv[2]))
+    else:
+        main()
