@@ -13,7 +13,7 @@ from headrace.cli import options as opt
 from headrace.errors import ContextOverflowError, HeadraceError, RequestError
 
 if TYPE_CHECKING:
-    from headrace.api import Model, Options
+    from headrace.api import Model
 
 HELP = """\
   /help           this
@@ -42,36 +42,17 @@ _SETTINGS: dict[str, Callable[[str], float | int | None]] = {
 }
 
 
+@opt.with_sampling
 def chat(
     model: opt.ModelName,
     system: opt.System = None,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = 0.8,
-    top_k: opt.TopK = 40,
-    top_p: opt.TopP = 0.95,
-    min_p: opt.MinP = 0.05,
-    repeat_penalty: opt.RepeatPenalty = 1.0,
-    repeat_last_n: opt.RepeatLastN = 64,
-    presence_penalty: opt.PresencePenalty = 0.0,
-    frequency_penalty: opt.FrequencyPenalty = 0.0,
-    seed: opt.Seed = None,
+    *,
+    options: opt.Sampling,
     context: opt.Context = None,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
 ) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-D leaves."""
-    options: Options = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repeat_penalty,
-        "repeat_last_n": repeat_last_n,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-    }
     with (
         console.Status() as status,
         console.load(
@@ -95,7 +76,7 @@ class Conversation:
     """The messages so far, and the answers to what is typed."""
 
     def __init__(
-        self, model: Model, status: console.Status, options: Options, system: str | None
+        self, model: Model, status: console.Status, options: opt.Sampling, system: str | None
     ) -> None:
         self.model = model
         self.options = options

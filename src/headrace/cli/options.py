@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from headrace.api import Options
+
+    Sampling = Options
+else:
+    Sampling = dict  # typer asks what it is, and headrace.api would load NumPy
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A path, a known name, or org/repo:QUANT.")
@@ -23,30 +33,42 @@ Context = Annotated[
     ),
 ]
 
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the answer before this text; may be repeated."),
+]
+System = Annotated[str | None, typer.Option("--system", "-sys", help="The system message.")]
+
 _SAMPLING = "Sampling"
-Temperature = Annotated[
+_MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", help="Longest answer, in tokens.", show_default="the context"
+    ),
+]
+_Temperature = Annotated[
     float,
     typer.Option("--temperature", "--temp", help="0 is greedy.", rich_help_panel=_SAMPLING),
 ]
-TopK = Annotated[
+_TopK = Annotated[
     int,
     typer.Option("--top-k", help="Keep the k likeliest; 0: all.", rich_help_panel=_SAMPLING),
 ]
-TopP = Annotated[
+_TopP = Annotated[
     float,
     typer.Option("--top-p", help="Keep this much probability.", rich_help_panel=_SAMPLING),
 ]
-MinP = Annotated[
+_MinP = Annotated[
     float,
     typer.Option(
         "--min-p", help="Drop what is this much rarer than the best.", rich_help_panel=_SAMPLING
     ),
 ]
-RepeatPenalty = Annotated[
+_RepeatPenalty = Annotated[
     float,
     typer.Option("--repeat-penalty", help="1 is off.", rich_help_panel=_SAMPLING),
 ]
-RepeatLastN = Annotated[
+_RepeatLastN = Annotated[
     int,
     typer.Option(
         "--repeat-last-n",
@@ -54,13 +76,13 @@ RepeatLastN = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-PresencePenalty = Annotated[
+_PresencePenalty = Annotated[
     float, typer.Option("--presence-penalty", help="0 is off.", rich_help_panel=_SAMPLING)
 ]
-FrequencyPenalty = Annotated[
+_FrequencyPenalty = Annotated[
     float, typer.Option("--frequency-penalty", help="0 is off.", rich_help_panel=_SAMPLING)
 ]
-Seed = Annotated[
+_Seed = Annotated[
     int | None,
     typer.Option(
         "--seed",
@@ -70,14 +92,49 @@ Seed = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens", "-n", help="Longest answer, in tokens.", show_default="the context"
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="End the answer before this text; may be repeated."),
-]
-System = Annotated[str | None, typer.Option("--system", "-sys", help="The system message.")]
+
+
+def sampling(
+    max_tokens: _MaxTokens = None,
+    temperature: _Temperature = 0.8,
+    top_k: _TopK = 40,
+    top_p: _TopP = 0.95,
+    min_p: _MinP = 0.05,
+    repeat_penalty: _RepeatPenalty = 1.0,
+    repeat_last_n: _RepeatLastN = 64,
+    presence_penalty: _PresencePenalty = 0.0,
+    frequency_penalty: _FrequencyPenalty = 0.0,
+    seed: _Seed = None,
+) -> Sampling:
+    """The library's options by the command line's names."""
+    return {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repeat_penalty,
+        "repeat_last_n": repeat_last_n,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+    }
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with the options of :func:`sampling` in the place of its argument ``options``."""
+    flags = inspect.signature(sampling, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        options = sampling(**{name: given.pop(name) for name in flags})
+        command(**given, options=options)
+
+    shown: list[inspect.Parameter] = []
+    for name, parameter in own.parameters.items():
+        shown += flags.values() if name == "options" else [parameter]
+    shown = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    called.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return called

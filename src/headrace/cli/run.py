@@ -14,7 +14,7 @@ from headrace.cli import options as opt
 from headrace.errors import RequestError
 
 if TYPE_CHECKING:
-    from headrace.api import Model, Options, TextStream
+    from headrace.api import Model, TextStream
     from headrace.engine.request import Completion
 
 _Prompt = Annotated[
@@ -30,23 +30,16 @@ _Raw = Annotated[
 _NoStats = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the answer.")]
 
 
+@opt.with_sampling
 def run(
     model: opt.ModelName,
     prompt: _Prompt = None,
     prompt_file: _PromptFile = None,
     raw: _Raw = False,
     system: opt.System = None,
-    max_tokens: opt.MaxTokens = None,
     stop: opt.Stop = None,
-    temperature: opt.Temperature = 0.8,
-    top_k: opt.TopK = 40,
-    top_p: opt.TopP = 0.95,
-    min_p: opt.MinP = 0.05,
-    repeat_penalty: opt.RepeatPenalty = 1.0,
-    repeat_last_n: opt.RepeatLastN = 64,
-    presence_penalty: opt.PresencePenalty = 0.0,
-    frequency_penalty: opt.FrequencyPenalty = 0.0,
-    seed: opt.Seed = None,
+    *,
+    options: opt.Sampling,
     context: opt.Context = None,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
@@ -59,19 +52,7 @@ def run(
     answer goes to stdout as it is made; its speed follows on stderr.
     """
     text = _prompt(prompt, prompt_file)
-    options: Options = {
-        "max_tokens": max_tokens,
-        "stop": stop or [],
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repeat_penalty,
-        "repeat_last_n": repeat_last_n,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-    }
+    options["stop"] = stop or []
     with (
         console.Status() as status,
         console.load(
@@ -106,7 +87,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _start(model: Model, text: str, system: str | None, options: Options, raw: bool) -> TextStream:
+def _start(
+    model: Model, text: str, system: str | None, options: opt.Sampling, raw: bool
+) -> TextStream:
     if raw or not console.has_chat_template(model):
         if system is not None:
             raise RequestError("--system needs a chat template: there is none, or --raw is given")
