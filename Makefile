@@ -1,5 +1,5 @@
 # Chores by one word. Run them in a virtual environment: pip install -e '.[dev]'
-.PHONY: test lint format types bench compare figures ci clean
+.PHONY: test lint format types bench compare figures profile ci clean
 
 test:
 	pytest
@@ -30,6 +30,14 @@ figures: llama-1b-Q4_K_M.gguf
 	python bench/first_token.py smollm2 --json >bench/results/first-token.json
 	python bench/accuracy.py smollm2 gemma3:270m --json >bench/results/accuracy.json
 	python bench/figures.py
+
+# What docs/profile.md and its decision show, on a quiet machine.
+profile:
+	mkdir -p bench/results
+	python bench/profile_cost.py smollm2
+	headrace profile smollm2 --json >bench/results/profile-smollm2.json
+	HEADRACE_PROFILE_SCREENSHOT=$(CURDIR)/docs/profile.png pytest tests/profile/test_page.py
+	headrace profile smollm2
 
 llama-1b-Q4_K_M.gguf:
 	headrace synth llama-1b Q4_K_M -o $@

@@ -2,8 +2,8 @@
 
     python bench/profile_cost.py smollm2
 
-Three runners of one model make tokens in turn, in one process: with the step compiled without any
-of the profiler's code, with it as it is, and with time stamps. Ratios are of neighbours.
+One runner makes tokens with three steps in turn: compiled without any of the profiler's code, as it
+is, and with time stamps. Ratios are of neighbours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from headrace import hub
 from headrace.backend import Batch
 from headrace.cpu import compile as compiling
 from headrace.cpu.runner import CPURunner
+from headrace.cpu.team import Team
 from headrace.gguf import open_gguf
 from headrace.model import load_decoder
 
@@ -52,17 +53,31 @@ def write_bare_step(path: Path) -> None:
     path.write_bytes(compiling.emit_object(assembly, compiling.host_target(), ["take_part"]))
 
 
-class BareRunner(CPURunner):
-    """The same runner with the step of ``code``."""
+class SwitchedRunner(CPURunner):
+    """Takes the step as it is, or the one of ``code``, when its threads next wake."""
 
-    def __init__(self, decoder: object, threads: int | None, code: bytes) -> None:
-        super().__init__(decoder, threads)  # type: ignore[arg-type]
+    def __init__(self, path: Path, threads: int | None, code: bytes) -> None:
+        super().__init__(load_decoder(open_gguf(path)), threads)
         machine = compiling.host_target().machine()
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        kind = type(self._take_part)
-        self._take_part = kind(self._engine.get_function_address("take_part"))
+        self._as_it_is = self._take_part
+        self._bare = type(self._take_part)(self._engine.get_function_address("take_part"))
+
+    def switch(self, bare: bool) -> None:
+        time.sleep(0.003)  # the threads spin inside the last step for a while, then leave it
+        self._take_part = self._bare if bare else self._as_it_is
+
+    def _started_team(self) -> Team:
+        if self._team is None:
+            context = self._context.ctypes.data
+
+            def serve(member: int, shared: int, ticket: int) -> int:
+                return self._take_part(member, self._n_threads, shared, ticket, context)
+
+            self._team = Team(self._n_threads, serve)
+        return self._team
 
 
 def batch(position: int) -> Batch:
@@ -78,24 +93,21 @@ def measure(path: Path, threads: int | None, tokens: int) -> dict[str, list[floa
         bare = Path(folder) / "step.o"
         subprocess.run([sys.executable, __file__, "--write-bare-step", str(bare)], check=True)
         code = bare.read_bytes()
-    decoder = load_decoder(open_gguf(path))
-    runners = (BareRunner(decoder, threads, code), *(CPURunner(decoder, threads) for _ in "12"))
-    steps = []
-    for runner in runners:
-        runner.allocate_cache(PAGES)
-        steps.append(runner.instrument().plain_step)
-    steps[2] = runners[2].instrument().timed_step
+    runner = SwitchedRunner(path, threads, code)
+    runner.allocate_cache(PAGES)
+    instrument = runner.instrument()
+    steps = (instrument.plain_step, instrument.plain_step, instrument.timed_step)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for i in range(tokens):
         turns = list(zip(VARIANTS, steps, strict=True))
         random.shuffle(turns)
         for name, step in turns:
-            step(batch(i % 64))  # this runner's threads wake
+            runner.switch(bare=name == VARIANTS[0])
+            step(batch(i % 64))  # wakes the threads
             start = time.perf_counter()
             step(batch(i % 64))
             seconds[name].append(time.perf_counter() - start)
-    for runner in runners:
-        runner.close()
+    runner.close()
     return seconds
 
 

@@ -34,6 +34,7 @@ def test_links_lead_to_files(page: Path) -> None:
         ("pull", ("{tiny}",)),
         ("synth", ("llama-tiny", "Q8_0", "-o", "{folder}/new.gguf")),
         ("bench", ("{tiny}", "-p", "8", "-n", "2", "-r", "1", *DEVICE)),
+        ("profile", ("{tiny}", "-n", "2", *DEVICE)),
         ("ppl", ("{tiny}", "-c", "64", *DEVICE)),
     ],
 )

@@ -22,7 +22,8 @@ def test_the_table_says_where_the_time_goes(headrace: Headrace, tiny: str) -> No
     for name in ("Macro", "Midi", "Micro", "token"):
         assert re.search(rf"^{name} +.*%", result.out, re.MULTILINE)
     assert re.search(r"^[A-Z][a-z ]+ (is|are) the limit", result.out, re.MULTILINE)
-    assert max(map(len, result.out.splitlines())) <= 110
+    assert "…" not in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
 
 
 def test_a_prompt_is_profiled_instead(headrace: Headrace, tiny: str) -> None:

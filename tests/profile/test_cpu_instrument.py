@@ -61,6 +61,16 @@ def test_spans_cover_the_step_in_order(runner):
         assert any(Work.LOGITS in span.part.works for span in spans) == (softcap is not None)
 
 
+def test_there_are_as_many_phases_as_parts(runner):
+    """One more, and the step would write behind its stamps."""
+    instrument = runner.instrument()
+    instrument._n_stamps += 1
+    instrument._stamps = np.zeros((len(instrument._stamps), instrument._n_stamps, 2), np.int64)
+    instrument.timed_step(one_sequence(TOKENS[:9], logit_rows=[8]))
+    noted = (instrument._stamps[0] != 0).all(axis=1)
+    assert noted.tolist() == [True] * (1 + len(parts(runner.decoder))) + [False]
+
+
 def test_a_chunk_without_logits_ends_before_the_head(runner):
     instrument = runner.instrument()
     instrument.timed_step(one_sequence(TOKENS[:9], logit_rows=[8]))

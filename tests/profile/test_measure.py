@@ -111,6 +111,8 @@ def test_levels_and_layers(fake, profiled):
     names = [group.name for group in profile.layers]
     assert names == ["Embed", *(f"layer {i}" for i in range(LAYERS)), "Head"]
     assert level_of((Work.NORM, Work.MATMUL, Work.ROTARY)) is Level.MACRO
+    assert level_of((Work.MATMUL, Work.RESIDUAL)) is Level.MACRO
+    assert level_of((Work.NORM, Work.QUANTISE)) is Level.MICRO
     assert level_of((Work.ATTENTION, Work.QUANTISE)) is Level.MIDI
     assert level_of((Work.POST_NORM, Work.RESIDUAL)) is Level.MICRO
 

@@ -19,7 +19,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
-from headrace.instrument import Work
 from headrace.profile import profile_model
 from headrace.profile.html import page
 from headrace.profile.result import Profile
@@ -181,7 +180,7 @@ def test_the_table_sorts(show, profile):
 def test_what_is_pointed_at_is_explained(show):
     """By pointer and by keyboard; and the same part lights up everywhere."""
     driver = show(1440)
-    dot = every(driver, "#roofline circle")[0]
+    dot = every(driver, "#roofline circle")[-1]  # the smallest, above all others
     place = dot.get_attribute("data-part")
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
     webdriver.ActionChains(driver).move_to_element(dot).perform()
@@ -256,13 +255,19 @@ def test_names_from_a_file_stay_text(show, fake, profiled, tmp_path):
 
 
 def test_figures_survive_the_page(fake, profiled):
-    made = profiled(fake(lambda part: 1e-5), tokens=2)
+    runner = fake(lambda part: 1e-5 * len(runner.batches))  # every step is longer than the last
+    made = profiled(runner, tokens=5)
     figures = re.search(r'id="figures">(.*?)</script>', page(made), re.DOTALL)
     facts = json.loads(figures[1])
     expected = made.as_json()
     assert facts["parts"] == json.loads(json.dumps(expected["parts"]))
-    assert len(facts["strip"]) == len(made.samples[0].spans)
-    assert Work.MATMUL in made.records[1].part.works or made.records[2].part.works
+    lengths = [span[3] for span in facts["strip"]]
+    median = sorted(sample.spans[0].end - sample.spans[0].start for sample in made.samples)[2]
+    assert lengths == pytest.approx([median * 1e6] * len(made.samples[0].spans))
+    attends = [[place, us] for stack in facts["stacks"] for place, us in stack["parts"]
+               if facts["parts"][place]["operation"] == "Attend"]  # fmt: skip
+    assert len(attends) == len(facts["stacks"]) == 3
+    assert [us for _, us in attends] == pytest.approx([median * 1e6] * 3)
 
 
 def test_a_picture_for_the_guide(show):

@@ -72,10 +72,10 @@ def profile(
         return
     from rich.console import Console
 
-    from headrace.profile.terminal import show
+    from headrace.profile.terminal import WIDE, show
 
     terminal = Console()
-    show(found, terminal if terminal.is_terminal else Console(width=110))
+    show(found, terminal if terminal.is_terminal else Console(width=WIDE))
     for path in (html, trace):
         if path is not None:
             console.say(f"wrote {path}")

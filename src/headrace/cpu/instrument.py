@@ -184,7 +184,7 @@ def phases(op: Operation) -> Iterator[tuple[str, tuple[Work, ...], int]]:
         case ProjectQKV():
             yield matmul, (Work.MATMUL,), 0
             normed = (Work.HEAD_NORMS,) if op.q_norm or op.k_norm else ()
-            name = "head norms, rotary, cache" if normed else "rotary, cache"
+            name = "norms, rotary, cache" if normed else "rotary, cache"
             yield name, (*normed, Work.ROTARY, Work.CACHE), 0
         case ProjectOut() | FeedForwardOut() if op.post_norm is None:
             yield matmul, (Work.MATMUL, Work.RESIDUAL), 0

@@ -66,11 +66,13 @@ def find(
     losses.append((hosted, Cause.HOST, max(host or device, key=lambda g: g.seconds.mean)))
     lost, cause, group = max(losses, key=lambda loss: loss[0])
     if lost < AT_THE_ROOF * total:
+        largest, where = lost, group
         group = max(device, key=lambda g: g.ideal(ceilings))
         lost = max(0.0, group.seconds.mean - group.ideal(ceilings))
         cause = Cause.MEMORY if group.is_bound_by_memory(ceilings) else Cause.COMPUTE
         share = group.seconds.mean / total
         sentence = _at_the_roof(cause, group, share, ceilings, unit)
+        sentence += f" No other loss is above {max(0.0, largest / total):.0%} ({label(where)})."
     else:
         share = {Cause.GAPS: lost, Cause.HOST: lost}.get(cause, group.seconds.mean) / total
         sentence = _lost(cause, group, share, lost / total, ceilings, unit, barriers=waiting > gaps)
@@ -98,13 +100,13 @@ def _at_the_roof(cause: Cause, group: Group, share: float, ceilings: Ceilings, u
     if cause is Cause.MEMORY:
         return (
             f"Memory is the limit: the largest part, {label(group)}, is {share:.0%} of the {unit} "
-            f"at {_speed(group, ceilings)}. Only fewer bytes would help: a smaller quantisation, "
-            "or more sequences in a step."
+            f"at {_speed(group, ceilings)}. Fewer bytes would help: a smaller quantisation, or "
+            "more sequences in a step."
         )
     return (
         f"Arithmetic is the limit: the largest part, {label(group)}, is {share:.0%} of the {unit} "
         f"at {group.flops_per_second / 1e9:,.0f} GFLOP/s, {group.roofline_share(ceilings):.0%} of "
-        "its roofline. Only more cores or faster instructions would help."
+        "its roofline. More cores or faster instructions would help."
     )
 
 

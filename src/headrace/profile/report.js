@@ -75,7 +75,7 @@ function head() {
     ["reads", `${digits(data.total.gb_per_second)} GB/s`, `of ${digits(data.read_gb_per_second)} GB/s`],
     ["computes", `${digits(data.total.gflops_per_second)} GFLOP/s`, `${digits(data.total.intensity)} FLOP/byte`],
     ["of the roofline", percent(data.total.roofline_share, 0), `each part at its own`],
-    ["Macro, Midi, Micro", ["Macro", "Midi", "Micro"].map(l => percent(level[l] ?? 0, 0)).join(" · "), "matmuls, attention, the rest"],
+    ["Macro, Midi, Micro", `${["Macro", "Midi", "Micro"].map(l => (100 * (level[l] ?? 0)).toFixed(0)).join(" · ")} %`, "matmuls, attention, the rest"],
     ["time stamps cost", percent(data.overhead_share), `unattributed ${percent(data.unattributed_share)}`],
   ];
   for (const [label, value, more] of tiles) {

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _COLOURS = {Level.MACRO: "cyan", Level.MIDI: "yellow", Level.MICRO: "magenta"}
 _CAUSES = {"host": "red", "gaps": "red", "memory": "cyan", "compute": "yellow"}
-_WIDE = 104
-"""Columns from which everything fits; narrower tables do without bars and intensities."""
+WIDE = 100
+"""Columns that hold everything; narrower tables do without counts, bars and intensities."""
 
-_BAR = 12
+_BAR = 10
 
 
 def show(profile: Profile, console: Console) -> None:
@@ -27,7 +27,7 @@ def show(profile: Profile, console: Console) -> None:
     for line in _heading(profile):
         console.print(line, highlight=False)
     console.print()
-    console.print(_table(profile, wide=console.width >= _WIDE))
+    console.print(_table(profile, wide=console.width >= WIDE))
     console.print()
     found = profile.bottleneck
     sentence = Text(found.sentence)
@@ -52,18 +52,15 @@ def _heading(profile: Profile) -> Iterator[str]:
 
 
 def _table(profile: Profile, wide: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("operation", no_wrap=True)
     table.add_column("part", no_wrap=True)
-    for heading in ("times", "time", "share"):
+    for heading in (*(["times"] if wide else []), "time", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     if wide:
         table.add_column("", no_wrap=True, min_width=_BAR)
-    for heading in ("waiting", "GB/s", "GFLOP/s"):
+    for heading in ("wait", "GB/s", "GFLOP/s", *(["FLOP/B"] if wide else []), "roof"):
         table.add_column(heading, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("FLOP/B", justify="right", no_wrap=True)
-    table.add_column("of roof", justify="right", no_wrap=True)
     total = profile.seconds.mean
     largest = max(group.seconds.mean for group in profile.parts) / total
     last = ""
@@ -74,13 +71,15 @@ def _table(profile: Profile, wide: bool) -> Table:
         table.add_row(operation, name, *_cells(profile, group, largest, wide))
         last = first.operation
     lost = profile.unattributed_share
-    table.add_row("", Text("unattributed", "dim"), "", seconds(lost * total), f"{lost:.1%}")
-    table.add_section()
+    times = [""] if wide else []
+    table.add_row("", Text("unattributed", "dim"), *times, seconds(lost * total), f"{lost:.1%}")
+    table.add_row()
     for group in profile.levels:
         name = Text(group.name, f"bold {_COLOURS[group.first.level]}")
         table.add_row(name, "", *_cells(profile, group, 1.0, wide))
-    whole = [f"[bold]{profile.unit}[/bold]", "", *_cells(profile, profile.total, 1.0, wide)]
-    whole[3:5] = [seconds(profile.seconds.mean), "100.0%"]
+    whole = [Text(profile.unit, "bold"), "", *_cells(profile, profile.total, 1.0, wide)]
+    at = 2 + len(times)
+    whole[at : at + 2] = [seconds(total), "100%"]
     table.add_row(*whole)
     return table
 
@@ -92,7 +91,7 @@ def _cells(profile: Profile, group: Group, largest: float, wide: bool) -> list[T
     waiting = group.waiting.mean / group.seconds.mean if group.seconds.mean else 0.0
     cost = group.cost
     return [
-        str(len(group.records)),
+        *([str(len(group.records))] if wide else []),
         seconds(group.seconds.mean),
         f"{share:.1%}",
         *([bar] if wide else []),
