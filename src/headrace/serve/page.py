@@ -1,10 +1,9 @@
-"""The chat page at ``/``: one file, no build step, nothing from any other address."""
+"""The chat page at ``/``: one answer, no build step, nothing from any other address."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 router = APIRouter()
-_PAGE = Path(__file__).with_name("page.html")
+_HERE = Path(__file__).parent
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -24,15 +23,16 @@ async def chat_page() -> HTMLResponse:
 
 @cache
 def _page() -> tuple[str, str]:
-    html = _PAGE.read_text("utf-8")
-    script, style = (
-        base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
-        for tag in ("script", "style")
-        if (found := re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
-    )
+    """``page.html`` with its style and script in it, and the policy that allows just these."""
+    html = (_HERE / "page.html").read_text("utf-8")
+    hashes = {}
+    for tag, name in (("style", "page.css"), ("script", "page.js")):
+        text = (_HERE / name).read_text("utf-8")
+        html = html.replace(f"<{tag}></{tag}>", f"<{tag}>{text}</{tag}>")
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     policy = (
-        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return html, policy
