@@ -85,7 +85,7 @@ class Span(NamedTuple):
     """A part as it ran: seconds on one clock, the same in all steps of an instrument.
 
     Spans come in order of ``start``; where two overlap, the time counts for the earlier.
-    ``waiting``: how much of it the device's threads spent waiting for each other.
+    ``waiting``: how much of it the device waited: its threads for each other, or to begin.
     """
 
     part: Part
@@ -123,18 +123,31 @@ class Instrument(Protocol):
     formats: Formats
     max_rows: int
 
+    def prepare(self, batch: Batch) -> None:
+        """Comes before each step: what the host does for it while the device still works on the
+        step before. Not in the step's time."""
+
     def plain_step(self, batch: Batch) -> int | None:
         """Run a step as without an instrument; the likeliest next token, or None if no logits are
         wanted. Returns when the token is known to the host."""
 
     def timed_step(self, batch: Batch) -> int | None:
-        """The same step with time stamps around its parts: :meth:`spans` tells them."""
+        """The same step with time stamps around its parts."""
 
     def spans(self) -> list[Span]:
-        """What the last timed step did. Apart, so that telling it is not in the step's time."""
+        """What the timed step did that ran last, before another step is prepared. Apart, so that
+        telling it is not in the step's time."""
 
     def ceilings(self) -> Ceilings:
         """Measure them, now. Takes about a second."""
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """An instrument whose device is threads that meet at barriers: there ``waiting`` is for each
+    other, elsewhere for the start of a kernel."""
+
+    n_threads: int
 
 
 @runtime_checkable

@@ -65,7 +65,13 @@ def test_a_part_near_the_bandwidth_waits_for_memory(at_the_roof, profiled):
     assert "Asking for its bytes earlier" in found.sentence
 
 
-def test_waiting_threads(at_the_roof, profiled):
+@pytest.mark.parametrize(
+    ("threads", "sentence"),
+    [(2, "Barriers are the limit: threads wait"), (None, "Launch gaps are the limit: the device")],
+)
+def test_waiting(at_the_roof, profiled, threads, sentence):
+    """Of threads for each other, or of a device that has none, between its kernels."""
+    at_the_roof.n_threads = threads
     needed = at_the_roof.seconds
     down = next(i for i, op in enumerate(at_the_roof.decoder.operations) if hasattr(op, "down"))
     total = sum(needed(p) for p in at_the_roof.instrument().parts)
@@ -75,7 +81,8 @@ def test_waiting_threads(at_the_roof, profiled):
     found = profiled(at_the_roof, tokens=3).bottleneck
     assert (found.cause, found.operation, found.part) == (Cause.GAPS, "FeedForwardOut", "matmul")
     assert found.share == pytest.approx(0.5, abs=0.02)
-    assert found.sentence.startswith("Barriers are the limit")
+    assert found.sentence.startswith(sentence)
+    assert "matmul (FeedForwardOut)" in found.sentence
 
 
 def test_gaps_between_kernels(at_the_roof, profiled):

@@ -29,7 +29,7 @@ def test_overlapping_time_counts_once_for_the_earlier():
 def test_the_whole_token_is_accounted_for(fake, profiled):
     """Parts, gaps, what the host does outside: they make up the wall time."""
     runner = fake(lambda part: 10e-6)
-    runner.before, runner.after, runner.gap = 7e-6, 5e-6, 1e-6
+    runner.before, runner.after, runner.gap, runner.preparing = 7e-6, 5e-6, 1e-6, 1.0
     profile = profiled(runner, tokens=4)
     parts = len(runner.instrument().parts)
     device_gaps = parts - 2  # what lies between the host's embedding and the device is the host's
@@ -61,9 +61,11 @@ def test_both_are_run_in_turn_at_the_same_positions(fake, profiled):
     filled, ran = runner.batches[:2], runner.batches[2:]
     assert [b.positions.tolist() for _, b in filled] == [[0, 1, 2, 3], [4, 5]]
     assert not any(timed or len(batch.logit_rows) for timed, batch in filled)
-    measured = ran[3 * WARM_UP["decode"] :]  # a step that nobody counts, and the two
-    assert [timed for timed, _ in measured] == [False, False, True, False, True, False] * 2
-    assert [b.positions.tolist() for _, b in measured] == [[p] for p in (6, 7, 8, 9) for _ in "012"]
+    measured = ran[4 * WARM_UP["decode"] :]
+    assert not any(timed for timed, _ in measured[::2])  # before each one that nobody counts
+    assert [timed for timed, _ in measured[1::2]] == [False, True, True, False] * 2
+    positions = [b.positions.tolist() for _, b in measured]
+    assert positions == [[p] for p in (6, 7, 8, 9) for _ in "0123"]
     assert [len(sample.spans) for sample in profile.samples] == [len(runner.instrument().parts)] * 4
     assert runner.pages == 1
     # The likeliest token of a position is read at the next.
@@ -73,7 +75,7 @@ def test_both_are_run_in_turn_at_the_same_positions(fake, profiled):
 def test_a_prompt_goes_through_in_steps(fake, profiled):
     runner = fake(lambda part: 1e-5)
     profile = profiled(runner, prompt=10, depth=3, repetitions=2)
-    measured = runner.batches[1 + 7 * WARM_UP["prefill"] :]
+    measured = runner.batches[1 + 8 * WARM_UP["prefill"] :]
     steps = [(b.positions.tolist(), b.logit_rows.tolist()) for timed, b in measured if timed]
     prompt = [([3, 4, 5, 6], []), ([7, 8, 9, 10], []), ([11, 12], [1])]
     assert steps == prompt * 2
@@ -138,7 +140,9 @@ def test_refusals(fake, profiled):
     class Plain:
         device_name = "a device without a clock"
 
-    with pytest.raises(DeviceError, match=r"without a clock cannot be profiled.*cpu and reference"):
+    with pytest.raises(
+        DeviceError, match=r"without a clock cannot be profiled.*cpu, cuda, reference"
+    ):
         profile_runner(Plain(), SUBJECT)
     runner = fake()
     with pytest.raises(RequestError, match=r"600 positions.*512"):

@@ -18,7 +18,8 @@ class FakeRunner:
     """``seconds(part)`` is what a part takes; ``waiting(part)`` what of it threads wait.
 
     ``before`` and ``after``: the host's, around the spans; ``gap``: between two parts; ``slower``:
-    what the time stamps add. ``now`` is the clock, to put in the place of ``perf_counter``.
+    what the time stamps add; ``preparing``: in no step's time. ``now``: the clock, to put in the
+    place of ``perf_counter``.
     """
 
     device_name = "fake"
@@ -26,7 +27,8 @@ class FakeRunner:
     def __init__(self, decoder: Decoder, seconds: Callable[[Part], float]) -> None:
         self.decoder, self.seconds = decoder, seconds
         self.waiting: Callable[[Part], float] = lambda part: 0.0
-        self.before = self.after = self.gap = self.slower = 0.0
+        self.before = self.after = self.gap = self.slower = self.preparing = 0.0
+        self.n_threads: int | None = None
         self.clock = 100.0
         self.now = lambda: self.clock
         self.batches: list[tuple[bool, Batch]] = []
@@ -48,6 +50,13 @@ class FakeInstrument:
         self.runner = runner
         self.parts = list(fake_parts(runner.decoder))
         self._spans: list[Span] = []
+        self._prepared: Batch | None = None
+        if runner.n_threads is not None:
+            self.n_threads = runner.n_threads
+
+    def prepare(self, batch: Batch) -> None:
+        self.runner.clock += self.runner.preparing
+        self._prepared = batch
 
     def plain_step(self, batch: Batch) -> int | None:
         return self._step(batch, timed=False)
@@ -63,6 +72,7 @@ class FakeInstrument:
 
     def _step(self, batch: Batch, timed: bool) -> int | None:
         runner = self.runner
+        assert self._prepared is batch
         runner.batches.append((timed, batch))
         runner.clock += runner.before
         self._spans = []

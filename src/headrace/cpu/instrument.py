@@ -72,7 +72,7 @@ class CPUInstrument:
             raise DeviceError(f"profiling: no cycle clock is known for {clock.architecture()}")
         self.max_rows = max_rows
         self._step, self._context = step, context
-        self._isa, self._n_threads = isa, n_threads
+        self._isa, self.n_threads = isa, n_threads
         self._count, self._seconds = read_clock(), seconds_per_count()
         head = decoder.operations[-1]
         assert isinstance(head, Head)
@@ -88,6 +88,9 @@ class CPUInstrument:
         self._stamps = np.zeros((n_threads, self._n_stamps, 2), np.int64)
         self._host = 0, 0, 0, False
         self._origin = self._count()
+
+    def prepare(self, batch: Batch) -> None:
+        """Nothing: the host is the CPU, and prepares a step in the step's time."""
 
     def plain_step(self, batch: Batch) -> int | None:
         logits = self._step(batch)
@@ -130,7 +133,7 @@ class CPUInstrument:
         from headrace.bench import read_bandwidth
 
         return Ceilings(
-            read_bandwidth(self._n_threads), ceilings.flops_per_second(self._isa, self._n_threads)
+            read_bandwidth(self.n_threads), ceilings.flops_per_second(self._isa, self.n_threads)
         )
 
 

@@ -51,7 +51,7 @@ def profile_model(
     ):
         if value < least:
             raise RequestError(f"{option} must be {least} or more, not {value}")
-    device = choose_device(device)
+    device = choose_device(device, threads)
     path = hub.resolve(model)
     notice("loading (the first run compiles kernels)")
     with open_gguf(path) as file:

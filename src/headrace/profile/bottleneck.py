@@ -50,10 +50,11 @@ def find(
     total: float,
     gaps: float,
     outside: float,
+    threads: bool,
     unit: str,
 ) -> Bottleneck:
     """``total``: mean seconds of a token (or prompt: ``unit``); ``gaps`` between parts on the
-    device, ``outside``: of the host, beyond its parts."""
+    device, ``outside``: of the host, beyond its parts. ``threads``: they meet at barriers."""
     device = [group for group in parts if not group.host]
     host = [group for group in parts if group.host]
     losses: list[tuple[float, Cause, Group]] = []
@@ -75,7 +76,7 @@ def find(
         sentence += f" No other loss is above {max(0.0, largest / total):.0%} ({label(where)})."
     else:
         share = {Cause.GAPS: lost, Cause.HOST: lost}.get(cause, group.seconds.mean) / total
-        sentence = _lost(cause, group, share, lost / total, ceilings, unit, barriers=waiting > gaps)
+        sentence = _lost(cause, group, share, lost / total, ceilings, unit, threads)
     first = group.first
     return Bottleneck(cause, first.operation, first.name, share, lost / total, sentence)
 
@@ -117,7 +118,7 @@ def _lost(
     lost: float,
     ceilings: Ceilings,
     unit: str,
-    barriers: bool,
+    threads: bool,
 ) -> str:
     match cause:
         case Cause.HOST:
@@ -125,7 +126,7 @@ def _lost(
                 f"The host is the limit: the device waits for it {share:.0%} of the {unit}, most "
                 f"in {label(group)}. Preparing a step while the last one runs would help."
             )
-        case Cause.GAPS if barriers:
+        case Cause.GAPS if threads:
             return (
                 f"Barriers are the limit: threads wait for each other {share:.0%} of the {unit}, "
                 f"most in {label(group)}. A core to each thread would help (an idle machine, or "
@@ -133,8 +134,9 @@ def _lost(
             )
         case Cause.GAPS:
             return (
-                f"Launch gaps are the limit: the device is idle between two parts {share:.0%} of "
-                f"the {unit}. Fewer, larger kernels would help, or launching them together."
+                f"Launch gaps are the limit: the device waits between its kernels {share:.0%} of "
+                f"the {unit}, most before {label(group)}. Fewer, larger kernels would help, or "
+                "launching them together."
             )
         case Cause.MEMORY:
             return (

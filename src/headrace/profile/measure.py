@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch, Runner
 from headrace.errors import DeviceError, RequestError
-from headrace.instrument import Ceilings, Instrument, InstrumentedRunner, Part, Span
+from headrace.instrument import Ceilings, Instrument, InstrumentedRunner, Part, Span, Threaded
 from headrace.profile.cost import Cost, Rows, cost
 from headrace.profile.record import Record, Timing
 from headrace.profile.result import Profile, Sample, Subject
 
-PROFILED = ("cpu", "reference")
+PROFILED = ("cpu", "cuda", "reference")
 """Devices whose runners have an instrument."""
 
 WARM_UP = {"decode": 3, "prefill": 1}
@@ -42,7 +42,7 @@ def profile_runner(
     """
     if not isinstance(runner, InstrumentedRunner):
         raise DeviceError(
-            f"{runner.device_name} cannot be profiled: only {' and '.join(PROFILED)} can (--device)"
+            f"{runner.device_name} cannot be profiled: {', '.join(PROFILED)} can (--device)"
         )
     longest = depth + (prompt or tokens)
     limit = runner.decoder.config.context_length
@@ -68,6 +68,7 @@ def profile_runner(
     return Profile(
         subject=subject,
         clock=instrument.clock,
+        threads=instrument.n_threads if isinstance(instrument, Threaded) else None,
         mode=mode,
         n_tokens=n,
         depth=depth,
@@ -104,29 +105,32 @@ class _Session:
 
     def fill(self, depth: int) -> None:
         for batch in self._batches(0, depth, logits=False):
-            self._instrument.plain_step(batch)
+            self._uncounted(batch)
 
     def pair(self, start: int, n: int, turn: int) -> tuple[float, _Timed]:
         """The same ``n`` positions without time stamps and with them, whose turn it is first."""
-        # What was told of the last pair took time: wake who fell asleep meanwhile.
-        self._instrument.plain_step(next(self._batches(start, 1)))
-        steps: dict[bool, list[_Step]] = {}
-        for timed in (True, False) if turn % 2 else (False, True):
-            steps[timed] = list(self._run(start, n, timed))
-        steps[True][-1].spans = self._instrument.spans()
+        steps = {
+            timed: list(self._run(start, n, timed))
+            for timed in ((True, False) if turn % 2 else (False, True))
+        }
         return sum(step.seconds for step in steps[False]), self._account(steps[True])
 
     def _run(self, start: int, n: int, timed: bool) -> Iterator[_Step]:
-        """The spans of the last step are left for later, so that the other run follows at once."""
+        # Threads that fell asleep meanwhile wake in a step that nobody counts.
+        self._uncounted(next(self._batches(start, 1)))
         step = self._instrument.timed_step if timed else self._instrument.plain_step
         for batch in self._batches(start, n):
+            self._instrument.prepare(batch)
             begin = time.perf_counter()
             token = step(batch)
             seconds = time.perf_counter() - begin
             if token is not None and start + n < len(self._tokens):
                 self._tokens[start + n] = token
-            more = timed and token is None
-            yield _Step(batch, seconds, self._instrument.spans() if more else [])
+            yield _Step(batch, seconds, self._instrument.spans() if timed else [])
+
+    def _uncounted(self, batch: Batch) -> None:
+        self._instrument.prepare(batch)
+        self._instrument.plain_step(batch)
 
     def _account(self, steps: list[_Step]) -> _Timed:
         seconds = gaps = outside = 0.0

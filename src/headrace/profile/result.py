@@ -40,7 +40,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Profile:
-    """``mode``: ``decode``, whose samples are tokens, or ``prefill``, whose samples are prompts.
+    """``threads``: of the device, that meet at barriers; None where there are none to speak of.
+    ``mode``: ``decode``, whose samples are tokens, or ``prefill``, whose samples are prompts.
 
     n_tokens: in a sample. depth: positions cached before the first. rows: the most in one step.
     plain: seconds of the same samples without time stamps, each run beside its sample.
@@ -48,6 +49,7 @@ class Profile:
 
     subject: Subject
     clock: str
+    threads: int | None
     mode: str
     n_tokens: int
     depth: int
@@ -123,6 +125,7 @@ class Profile:
         return bottleneck.find(
             self.parts, self.ceilings, total=total, unit=self.unit,
             gaps=self.gap_share * total, outside=self.outside_share * total,
+            threads=self.threads is not None,
         )  # fmt: skip
 
     def _grouped(
@@ -142,6 +145,7 @@ class Profile:
             "version": headrace.__version__,
             **asdict(self.subject),
             "clock": self.clock,
+            "threads": self.threads,
             "mode": self.mode,
             "n_tokens": self.n_tokens,
             "depth": self.depth,

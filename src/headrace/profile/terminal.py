@@ -54,7 +54,7 @@ def _heading(profile: Profile) -> Iterator[str]:
 def _table(profile: Profile, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("operation", no_wrap=True)
-    table.add_column("part", no_wrap=True)
+    table.add_column("part")  # the one that may break: kernels of a GPU do many works
     for heading in (*(["times"] if wide else []), "time", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     if wide:

@@ -36,6 +36,9 @@ class ReferenceInstrument:
         self._parts.append(choice)
         self._stamps: list[float] = []
 
+    def prepare(self, batch: Batch) -> None:
+        """Nothing."""
+
     def plain_step(self, batch: Batch) -> int | None:
         logits = self._runner.step(batch)
         return int(logits[-1].argmax()) if len(logits) else None
