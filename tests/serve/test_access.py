@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from serve_process import Server
+from typer.testing import CliRunner
 
+from headrace.cli.app import app
 from headrace.errors import RequestError
 from headrace.serve.settings import Settings, load_settings
 
@@ -89,6 +92,34 @@ def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None
     named = load_settings({}, None, {"HEADRACE_CONFIG": str(file), "HEADRACE_API_KEYS": "k" * 8})
     assert (named.port, named.api_keys) == (1, ("k" * 8,))
     assert "kkk" not in repr(named)
+
+
+def test_every_setting_has_a_flag_and_a_line_in_the_help() -> None:
+    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    for setting in fields(Settings):
+        if setting.name in ("model", "api_keys"):  # an argument; and never on the command line
+            continue
+        assert f"--{setting.name.replace('_', '-')} " in result.output, setting.name
+    assert "--api-key-file" in result.output
+    assert "--api-keys" not in result.output
+
+
+def test_every_setting_can_be_in_the_environment() -> None:
+    values = {
+        "str": "text", "str | None": "text", "int | None": "7", "int": "8", "float": "9.5",
+        "tuple[str, ...]": "one-of-them,another-one",
+    }  # fmt: skip
+    special = {"log_format": "text", "log_level": "error"}
+    environment = {
+        f"HEADRACE_{setting.name.upper()}": special.get(setting.name, values[setting.type])
+        for setting in fields(Settings)
+    }
+    environment["HEADRACE_MAX_BODY"] = "5000"
+    settings = load_settings({}, None, environment)
+    for setting in fields(Settings):
+        given = environment[f"HEADRACE_{setting.name.upper()}"]
+        value = getattr(settings, setting.name)
+        assert (",".join(value) if isinstance(value, tuple) else str(value)) == given, setting.name
 
 
 @pytest.mark.parametrize(

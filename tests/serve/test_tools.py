@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
+import numpy as np
 import pytest
 
-from headrace.serve.constrain import _compile, _vocabulary
-from headrace.serve.load import percentiles
+from headrace.serve import constrain
+from headrace.serve.constrain import Grammars, _compile, _vocabulary, json_grammar
 from headrace.serve.tools import Call, CallReader, grammar, read_all, spell_out
 
 FIRST = '<tool_call>\n{"name": "f", "arguments": {"a": "}]\\"{", "b": [1, {"c": 2}]}}\n</tool_call>'
@@ -102,7 +104,53 @@ def test_a_conversation_spelt_out_for_a_template_without_tools() -> None:
     assert "done" in turns[2]["content"]
 
 
-def test_percentiles() -> None:
-    assert percentiles(range(1, 101)) == {"p50": 50, "p95": 95, "p99": 99}
-    assert percentiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
-    assert percentiles([]) == {"p50": None, "p95": None, "p99": None}
+def test_masks_do_not_wait_for_somebody_s_new_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step waits for its masks: a compilation of seconds must not be in front of them."""
+
+    async def accept(grammar: str, param: str) -> None:
+        """Stands for the child process, which takes as long: only what comes after it counts."""
+
+    monkeypatch.setattr(constrain, "_check", accept)
+    slow = {f"p{i}": {"type": "string", "pattern": f"^[a-z]{{{i % 50}}}x.*{i}$"}
+            for i in range(2_000)}  # fmt: skip
+    grammars = Grammars()
+    grammars.prepare(Letters())
+
+    async def run() -> int:
+        string = json_grammar({"type": "string"}, "response_format")
+        mask = await grammars.mask(string, 257, "response_format")
+        compiling = asyncio.create_task(
+            grammars.mask(json_grammar({"properties": slow}, "tools"), 257, "tools")
+        )
+        answer = b'"'
+        while not compiling.done():
+            allowed = await asyncio.to_thread(mask, list(answer))
+            assert allowed[ord("a")] == (len(answer) > 0)
+            answer += b"a"
+        await compiling
+        return len(answer)
+
+    assert asyncio.run(run()) > 20
+    grammars.close()
+
+
+def test_the_same_new_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    async def accept(grammar: str, param: str) -> None:
+        checked.append(grammar)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(constrain, "_check", accept)
+    grammars = Grammars()
+    grammars.prepare(Letters())
+    rules = json_grammar({"enum": ["x"]}, "response_format")
+
+    async def run() -> list[np.ndarray]:
+        masks = await asyncio.gather(*(grammars.mask(rules, 257, "tools") for _ in range(20)))
+        return [mask([]) for mask in masks]
+
+    found = asyncio.run(run())
+    assert len(checked) <= 2  # as many as are compiled at once
+    assert [np.flatnonzero(mask).tolist() for mask in found] == [[ord('"')]] * 20
+    grammars.close()

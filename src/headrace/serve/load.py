@@ -114,14 +114,21 @@ async def _ask(client: httpx.AsyncClient, body: bytes, start: float) -> Outcome:
             "POST", "/v1/completions", content=body, headers=headers
         ) as response:
             if response.status_code != 200:
-                outcome.error = f"HTTP {response.status_code}"
-                await response.aread()
+                outcome.error = _refusal(response.status_code, await response.aread())
             else:
                 await _read(response, outcome, start)
     except httpx.HTTPError as error:
         outcome.error = type(error).__name__
     outcome.ended = time.perf_counter() - start
     return outcome
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """``HTTP 400: prompt token 512 is …``, as far as the answer says why."""
+    try:
+        return f"HTTP {status}: {json.loads(body)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {status}"
 
 
 async def _read(response: httpx.Response, outcome: Outcome, start: float) -> None:
