@@ -30,7 +30,7 @@ def poisoned(device: Device, shape: Sequence[int], dtype=np.float32) -> DeviceAr
     )
 
 
-def activations(device: Device, rows: int, width: int) -> Activations:
+def activations(device: Device, rows: int, width: int, *, brain: bool = False) -> Activations:
     groups = padded(width) // GROUP
     return Activations(
         width, rows,
@@ -38,6 +38,7 @@ def activations(device: Device, rows: int, width: int) -> Activations:
         poisoned(device, (rows, groups, 16), np.int8),
         poisoned(device, (rows, groups, 2)),
         poisoned(device, (rows, width // GROUP)),
+        poisoned(device, (rows, width), np.uint16) if brain else None,
     )  # fmt: skip
 
 
@@ -60,6 +61,16 @@ def dequantise(q: np.ndarray, d: np.ndarray) -> np.ndarray:
     return (q.reshape(len(q), -1, SCALED) * d[..., None].astype(np.float64)).reshape(q.shape)
 
 
+def to_brain(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 of each, as uint16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_brain(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def slots(n_groups: int, bit: int) -> np.ndarray:
     """Where group g is stored (kernels/activations.cuh): bit 3 for quants, 4 for scales."""
     g = np.arange(n_groups)
@@ -71,7 +82,7 @@ def upload_activations(
 ) -> Activations:
     """x float32 [rows, k] as its producer would store it: values, x∘gain in int8, squares."""
     rows, k = x.shape
-    a = activations(device, rows, k)
+    a = activations(device, rows, k, brain=True)
     q, d = quantise(x * gain if gain is not None else x)
     n = k // GROUP
     sums = (d * q.reshape(rows, -1, SCALED).sum(-1, dtype=np.int32)).astype(np.float32)
@@ -85,6 +96,7 @@ def upload_activations(
     device.upload(a.values.address, x)
     device.upload(a.quants.address, quants)
     device.upload(a.scales.address, scales)
+    device.upload(a.brain.address, to_brain(x * gain if gain is not None else x))
     device.upload(a.squares.address, np.square(x).reshape(rows, n, GROUP).sum(-1))
     return a
 

@@ -39,9 +39,9 @@ def matrix(qtype: Q, n: int, k: int) -> Matrix:
     return Matrix(256, TileLayout(qtype, n, k))
 
 
-def rows_of(k: int) -> Activations:
-    a = array(256, (8, k), "f4")
-    return Activations(k, 8, a, a, a, a)
+def rows_of(k: int, rows: int = 8) -> Activations:
+    a = array(256, (rows, k), "f4")
+    return Activations(k, rows, a, a, a, a, a)
 
 
 def matvecs(device: PaperDevice) -> list[Launch]:
@@ -65,6 +65,26 @@ def matvecs(device: PaperDevice) -> list[Launch]:
         for activation in ("SILU", "GELU_TANH"):
             how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": activation}}
             made.append(matvec(pair, c.Product(), rows, **how))
+    return made
+
+
+def matmuls(device: PaperDevice) -> list[Launch]:
+    if device.arch < 80:
+        return []
+
+    def matmul(matrices, epilogue, rows, **how) -> Launch:
+        x = rows_of(matrices[0].layout.k, 32)
+        return launchers.matmul(device, matrices, x, epilogue, rows, **how)
+
+    llama, made = CacheShape(32, 8, 128, 128), []
+    made.extend(matmul([matrix(qtype, 1000, 2048)], c.Store(), 32, macros=LOGITS) for qtype in Q)
+    qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
+    for rows in (1, 16, 32):
+        made.append(matmul(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
+        made.append(matmul([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), rows))
+        pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
+        how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
+        made.append(matmul(pair, c.Product(), rows, **how))
     return made
 
 
@@ -93,7 +113,7 @@ def others(device: PaperDevice) -> list[Launch]:
 @pytest.mark.parametrize("target", list(SHARED_KB))
 def test_compiles_without_spills(target: str) -> None:
     device = PaperDevice(target)
-    launches = matvecs(device) + others(device)
+    launches = matvecs(device) + matmuls(device) + others(device)
     specs = list(dict.fromkeys(launch.spec for launch in launches))
     assert {spec.name for spec in specs} >= {
         "matvec",

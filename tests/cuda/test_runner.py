@@ -93,6 +93,22 @@ def decode_row(tokens: list[int], pages: list[int], params=GREEDY, seed: int = 0
     return DecodeRow(tokens, pages, len(tokens) - 1, params, seed)
 
 
+@pytest.mark.parametrize("shape", ["llama-tiny", "qwen3-tiny", "gemma3-tiny"])
+def test_tensor_cores(device: Device, synthetic, shape: str) -> None:
+    """Closer than int8 activations; a row is the same alone, in chunks, and beside others."""
+    decoder = synthetic(shape, "Q4_K_M")
+    wanted = logits_of(ReferenceRunner(decoder))
+    runner = CUDARunner(decoder, device, max_rows=16, tensor_cores=True)
+    got = logits_of(runner)
+    assert relative(got, wanted) < 0.02
+    np.testing.assert_array_equal(logits_of(runner, chunks=(7, 1, 2, 5)), got)
+    reference = ReferenceRunner(decoder)
+    reference.allocate_cache(2)
+    batch = batches.one_sequence(TOKENS, 0, [3, 14])
+    assert relative(runner.hidden(batch), reference.hidden(batch)) < 0.02
+    runner.close()
+
+
 def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
     decoder = synthetic("llama-tiny", "Q4_K_M")
     runner = CUDARunner(decoder, device, max_rows=16)

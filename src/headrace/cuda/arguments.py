@@ -24,6 +24,7 @@ class Rows(Structure):
         ("quants", c_void_p),
         ("scales", c_void_p),
         ("squares", c_void_p),
+        ("brain", c_void_p),
     ]
 
 
@@ -85,6 +86,24 @@ def _matvec(out: type[Structure]) -> type[Structure]:
 
 
 _MATVEC = {out: _matvec(out) for out in EPILOGUES}
+
+
+def matmul_arguments(epilogue: Epilogue) -> type[Structure]:
+    return _MATMUL[type(epilogue)]
+
+
+def _matmul(out: type[Structure]) -> type[Structure]:
+    fields = [
+        ("weights", c_void_p * 3),
+        ("bias", c_void_p * 3),
+        ("x", Rows),
+        ("out", out),
+        ("n_rows", c_int),
+    ]
+    return type(f"Matmul{out.__name__}", (Structure,), {"_fields_": fields})
+
+
+_MATMUL = {out: _matmul(out) for out in EPILOGUES}
 
 
 class Embed(Structure):

@@ -23,7 +23,7 @@ from headrace.cuda import launchers
 from headrace.cuda.cache import Cache
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.launchers import Activations, Matrix, Tuning
-from headrace.cuda.lowering import ACTIVATIONS, Lowering, Step
+from headrace.cuda.lowering import ACTIVATIONS, PLAIN, Lowering, Step
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
@@ -38,9 +38,6 @@ from headrace.model.operations import (
 )
 
 FLOAT = np.dtype(np.float32)
-PLAIN: dict[str, object] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
-"""A matvec that only stores its results."""
-
 T = TypeVar("T", bound=Operation)
 
 
@@ -70,7 +67,9 @@ class Ran:
 class Executor:
     """``device``: the first GPU unless given. ``max_rows``: the most rows of one call.
     ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
-    ones. ``progress``: is told the bytes of each piece of weights as it is loaded.
+    ones. ``tensor_cores``: layers run on tensor cores, from bfloat16 activations: one read of the
+    weights serves many rows. ``progress``: is told the bytes of each piece of weights as it is
+    loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
     ModelError for a missing weight or one of the wrong shape.
@@ -83,6 +82,7 @@ class Executor:
         *,
         max_rows: int = 64,
         float_activations: bool = False,
+        tensor_cores: bool = False,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -90,11 +90,13 @@ class Executor:
             from headrace.cuda.gpu import CUDADevice
 
             device = CUDADevice()
+        if tensor_cores and float_activations:
+            raise DeviceError("tensor cores take bfloat16 activations: not float_activations too")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
-            floats=float_activations, tuning=tuning or Tuning(),
+            floats=float_activations, tensor_cores=tensor_cores, tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0

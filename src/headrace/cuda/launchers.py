@@ -6,6 +6,8 @@ Which kernel runs for what:
 ``matvec``            every matrix; ROWS (1, 2, 4 or 8 rows of activations at once) from the step's
                       rows and the shared memory; int8 activations, or float ones when asked for
                       or when a matrix is F32, F16 or BF16
+``matmul``            every matrix instead, where the executor was told to use tensor cores; ROWS (8,
+                      16 or 32) likewise
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
 ``attend``            all attention
@@ -63,14 +65,16 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows ``[rows, width]`` as floats and/or int8 groups (kernels/activations.cuh)."""
+    """Rows ``[rows, width]`` in the forms that readers want (kernels/activations.cuh): floats, int8
+    groups with their scales, bfloat16 (``brain``); and the sums of squares of each 16."""
 
     width: int
     rows: int
     values: DeviceArray | None
-    quants: DeviceArray
-    scales: DeviceArray
+    quants: DeviceArray | None
+    scales: DeviceArray | None
     squares: DeviceArray | None
+    brain: DeviceArray | None = None
 
     def at(self, row: int) -> c.Rows:
         """The C struct of the rows from ``row`` on."""
@@ -78,7 +82,8 @@ class Activations:
         def address(array: DeviceArray | None) -> int:
             return array.row(row) if array else 0
 
-        return c.Rows(*(address(a) for a in (self.values, self.quants, self.scales, self.squares)))
+        parts = (self.values, self.quants, self.scales, self.squares, self.brain)
+        return c.Rows(*map(address, parts))
 
 
 def padded(k: int) -> int:
@@ -201,6 +206,9 @@ def matvec(
         "GRID": shape.grid,
         **(macros or {}),
     }
+    written = getattr(epilogue, "x", None) or getattr(epilogue, "hidden", None)
+    if written is not None:
+        constants |= _brain(written)
     addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
     biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
     arguments = c.matvec_arguments(epilogue)(
@@ -214,6 +222,97 @@ def matvec(
     grid = (shape.grid, -(-n_rows // shape.rows), 1)
     return Launch(
         Specialisation.of("matvec", constants),
+        grid,
+        shape.warps * 32,
+        shape.shared_bytes,
+        arguments,
+    )
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    rows: int
+    warps: int
+    stages: int
+    grid: int
+    shared_bytes: int
+
+
+def matmul_shape(
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
+) -> MatmulShape:
+    """As many rows of x at once as there are and fit; then two stages; then more rows of W."""
+    tile = -(-max(m.layout.max_tile_bytes for m in matrices) // 128) * 128
+    wanted = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    options = (
+        (r, stages, warps)
+        for stages in (2, 1)
+        for r in (32, 16, 8)
+        for warps in (16, 8, 4)
+        if r <= wanted and not (paired and warps == 4)
+    )
+    total = sum(m.layout.groups // 4 for m in matrices)
+    for r, stages, warps in options:
+        m_tiles = warps // 4
+        if m_tiles > 1 + paired and total // m_tiles < 0.9 * device.sm_count:
+            continue  # few rows of W: a share for every multiprocessor comes first
+        shared = stages * (4 * m_tiles * tile + r * TILE_COLUMNS * 2)
+        shared += 4 * r * m_tiles * 16 * 4 + -(-stages * 8 // 16) * 16 + r * 4
+        if shared <= device.shared_limit:
+            at_once = max(1, min(device.shared_limit // shared, 64 // warps))
+            grid = min(-(-total // m_tiles), device.sm_count * at_once)
+            return MatmulShape(r, warps, stages, grid, shared)
+    raise DeviceError(f"no matmul variant fits {device.shared_limit:,} bytes of shared memory")
+
+
+def matmul(
+    device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
+    *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
+) -> Launch:  # fmt: skip
+    """As :func:`matvec`, on tensor cores from bfloat16 activations."""
+    paired = isinstance(epilogue, c.Product)
+    k = matrices[0].layout.k
+    _require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
+    _require(
+        1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
+        "one to three matrices, or a pair",
+    )
+    _require(all(m.layout.k == k for m in matrices), "matrices that share x have the same K")
+    _require(x.width == k, f"x has {x.width} columns, the matrix {k}")
+    _require(
+        n_rows > 0 and first_row + n_rows <= x.rows, f"rows {first_row} + {n_rows} of {x.rows}"
+    )
+    _require(all(m.address % 16 == 0 for m in matrices), "matrices lie on 16-byte boundaries")
+    _require(
+        not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
+    )
+    _require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
+    _require(x.brain is not None, "tensor cores read bfloat16")
+    shape = matmul_shape(device, matrices, n_rows, paired=paired)
+    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
+    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
+    constants: dict[str, object] = {
+        "K": k,
+        **{f"TYPE{i}": types[i] for i in range(3)},
+        **{f"N{i}": sizes[i] for i in range(3)},
+        "PAIRED": paired,
+        "ROWS": shape.rows,
+        "NORM": norm_eps is not None,
+        "EPS": float(norm_eps or 0.0),
+        "EPILOGUE": c.EPILOGUES[type(epilogue)],
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "BRAIN": True,
+        **(macros or {}),
+    }
+    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
+    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
+    arguments = c.matmul_arguments(epilogue)(
+        (c_void_p * 3)(*addresses), (c_void_p * 3)(*biases), x.at(first_row), epilogue, n_rows
+    )
+    grid = (shape.grid, -(-n_rows // shape.rows), 1)
+    return Launch(
+        Specialisation.of("matmul", constants),
         grid,
         shape.warps * 32,
         shape.shared_bytes,
@@ -302,6 +401,7 @@ def attend(
         "MAX_SPLITS": most,
         "WARPS": ATTEND_WARPS,
         "PREFETCH": ATTEND_PREFETCH,
+        **_brain(arguments.out),
     }
     visible = min(longest, (window or longest) + SPLIT)
     splits = min(most, -(-visible // SPLIT))
@@ -320,20 +420,26 @@ def embed(matrix: Matrix, arguments: c.Embed, n_rows: int, *, scale: float) -> L
         "K": matrix.layout.k,
         "SCALE": float(scale),
         "WARPS": 8,
+        **_brain(arguments.x),
     }
     grid = (-(-matrix.layout.k // TILE_COLUMNS), n_rows, 1)
     shared = TILE_COLUMNS // GROUP * (GROUP + 1) * 4
     return Launch(Specialisation.of("embed", constants), grid, 256, shared, arguments)
 
 
+def _brain(rows: c.Rows) -> dict[str, object]:
+    """Activations are written as bfloat16 where there is a place for them."""
+    return {"BRAIN": True} if rows.brain else {}
+
+
 def quantise(width: int, arguments: c.Quantise, n_rows: int) -> Launch:
-    constants = {"K": width, "WARPS": 8}
+    constants = {"K": width, "WARPS": 8, **_brain(arguments.x)}
     grid = (-(-width // 256), n_rows, 1)
     return Launch(Specialisation.of("quantise", constants), grid, 256, 0, arguments)
 
 
 def post_norm(width: int, arguments: c.PostNorm, n_rows: int, *, eps: float) -> Launch:
-    constants = {"K": width, "EPS": float(eps), "WARPS": 16}
+    constants = {"K": width, "EPS": float(eps), "WARPS": 16, **_brain(arguments.x)}
     return Launch(Specialisation.of("post_norm", constants), (n_rows, 1, 1), 512, 16 * 4, arguments)
 
 

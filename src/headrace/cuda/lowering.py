@@ -30,6 +30,9 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
+PLAIN: dict[str, object] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
+"""A product that is only stored."""
+
 ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 
 
@@ -64,10 +67,11 @@ class Lowering:
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tuning: Tuning,
+        floats: bool, tensor_cores: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
+        self.tensor_cores = tensor_cores
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
@@ -119,18 +123,19 @@ class Lowering:
         groups = padded(width) // GROUP
         if values:
             self.arena.reserve(f"{name} values", (self.max_rows, width), np.float32)
-        self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
-        self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
+        if self.tensor_cores and name != "given":
+            self.arena.reserve(f"{name} brain", (self.max_rows, width), np.uint16)
+        else:
+            self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
+            self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
         if squares:
             self.arena.reserve(f"{name} squares", (self.max_rows, width // GROUP), np.float32)
 
     def activations(self, name: str, width: int | None = None) -> Activations:
         """``width``: of the rows, if less than there is room for."""
-        arena = self.arena
-        return Activations(
-            width or self._widths[name], self.max_rows, arena.get(f"{name} values"),
-            arena[f"{name} quants"], arena[f"{name} scales"], arena.get(f"{name} squares"),
-        )  # fmt: skip
+        parts = ("values", "quants", "scales", "squares", "brain")
+        arrays = (self.arena.get(f"{name} {part}") for part in parts)
+        return Activations(width or self._widths[name], self.max_rows, *arrays)
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
@@ -184,13 +189,10 @@ class Lowering:
         shape, w = self.cache_shapes[op.layer], self.weights
         separate = op.q_norm is not None or op.k_norm is not None
         dense, q = self.arena["dense"].address, self.arena["q"].address
-        yield launchers.matvec(
-            self.device, self.qkv(op), self.activations("x"),
+        yield self._product(
+            self.qkv(op), "x",
             c.Store(dense) if separate else c.Rotary(q, self._cache(op.layer), w.turns(op.rope)),
-            step.n_rows,
-            norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
-            macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if separate else shape.macros,
-            tuning=self.tuning,
+            step.n_rows, norm=op.norm, macros=PLAIN if separate else shape.macros,
         )  # fmt: skip
         if separate:
             yield self.rotary(op, dense, step)
@@ -231,11 +233,9 @@ class Lowering:
     ) -> Iterator[Launch]:
         matrix, x, dense = self.weights.linear(linear), self.activations("x"), self.arena["dense"]
         residual = c.Residual(x.at(0), self._gain(op))
-        yield launchers.matvec(
-            self.device, [matrix], self.activations(source),
-            c.Store(dense.address) if post_norm else residual, step.n_rows, floats=self.floats,
-            macros={"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0} if post_norm else None,
-            tuning=self.tuning,
+        yield self._product(
+            [matrix], source, c.Store(dense.address) if post_norm else residual, step.n_rows,
+            macros=PLAIN if post_norm else {},
         )  # fmt: skip
         if post_norm:
             gain = self.weights.vector(post_norm.weight)
@@ -244,24 +244,38 @@ class Lowering:
 
     def _feed_forward_in(self, op: FeedForwardIn, step: Step) -> Iterator[Launch]:
         w = self.weights
-        yield launchers.matvec(
-            self.device, [w.linear(op.gate), w.linear(op.up)], self.activations("x"),
-            c.Product(self.activations("hidden").at(0)), step.n_rows,
-            norm_eps=op.norm.eps, in_gain=w.vector(op.norm.weight), floats=self.floats,
-            macros={"ACTIVATION": ACTIVATIONS[op.activation]}, tuning=self.tuning,
+        yield self._product(
+            [w.linear(op.gate), w.linear(op.up)], "x",
+            c.Product(self.activations("hidden").at(0)), step.n_rows, norm=op.norm,
+            macros={"ACTIVATION": ACTIVATIONS[op.activation]},
         )  # fmt: skip
 
     def _head(self, op: Head, step: Step) -> Iterator[Launch]:
         done = 0
         for first, n_rows in step.logit_runs:
-            yield launchers.matvec(
-                self.device, [self.weights.linear(op.out)], self.activations("x"),
-                c.Store(self.arena["logits"].row(done)), n_rows, first_row=first,
-                norm_eps=op.norm.eps, in_gain=self.weights.vector(op.norm.weight),
-                floats=self.floats, tuning=self.tuning,
+            yield self._product(
+                [self.weights.linear(op.out)], "x", c.Store(self.arena["logits"].row(done)),
+                n_rows, norm=op.norm, first_row=first,
                 macros={"LOGIT_SCALE": op.logit_scale, "SOFTCAP": op.softcap or 0.0},
             )  # fmt: skip
             done += n_rows
+
+    def _product(
+        self, matrices: list[Matrix], source: str, epilogue: c.Epilogue, n_rows: int, *,
+        norm: Norm | None = None, first_row: int = 0, macros: dict[str, object],
+    ) -> Launch:  # fmt: skip
+        """``W x`` of the activations ``source``, with the norm before it."""
+        x, eps = self.activations(source), norm.eps if norm else None
+        if self.tensor_cores:
+            return launchers.matmul(
+                self.device, matrices, x, epilogue, n_rows,
+                first_row=first_row, norm_eps=eps, macros=macros,
+            )  # fmt: skip
+        return launchers.matvec(
+            self.device, matrices, x, epilogue, n_rows, first_row=first_row, norm_eps=eps,
+            in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
+            macros=macros, tuning=self.tuning,
+        )  # fmt: skip
 
 
 def _next_norms(decoder: Decoder) -> list[Norm]:

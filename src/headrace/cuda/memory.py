@@ -13,11 +13,18 @@ from headrace.model.decoder import Decoder
 
 
 def plan(
-    decoder: Decoder, device: Device, context: int, max_rows: int = MAX_ROWS
+    decoder: Decoder,
+    device: Device,
+    context: int,
+    max_rows: int = MAX_ROWS,
+    tensor_cores: bool = False,
 ) -> list[tuple[str, int]]:
     """(what, bytes) for one sequence of ``context`` positions."""
     weights = WeightIndex(decoder)
-    lowering = Lowering(decoder, device, weights, max_rows, floats=False, tuning=Tuning())
+    lowering = Lowering(
+        decoder, device, weights, max_rows,
+        floats=False, tensor_cores=tensor_cores, tuning=Tuning(),
+    )  # fmt: skip
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, max_rows, n_pages)
     history = min(n_pages * PAGE_SIZE, decoder.config.context_length)

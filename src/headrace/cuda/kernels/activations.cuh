@@ -5,10 +5,16 @@
 // Σx: the rounding errors of Σ q_w q_x and Σ q_x then cancel where a weight is scale × q_w − min, and the
 // error of the dot goes with the weight, not with its quants.)
 //
+// For tensor cores (BRAIN) they are bfloat16 instead, as they come.
+//
 // Groups are stored where eight lanes reading every other, every second or every fourth group of a
 // slice, as the block types do, meet no bank twice.
 #pragma once
 #include "primitives.cuh"
+
+#ifndef BRAIN
+#define BRAIN 0
+#endif
 
 constexpr int GROUP = 16;  // columns that are stored together: two scales
 DEVICE constexpr int padded(int k) { return (k + 511) / 512 * 512; }  // the swizzles permute within 512 columns
@@ -22,25 +28,36 @@ struct Row {
   int4* quants;     // [padded(k) / 16]
   uint2* scales;    // [padded(k) / 16]: (two bfloat16, Σ d q)
   float* squares;   // [k / 16]: Σ values² of each group, for the reader's RMS norm
+  u16* brain;       // [k]
 };
 
 DEVICE float low_scale(uint2 s) { return bits_to_float(s.x << 16); }
 DEVICE float high_scale(uint2 s) { return bits_to_float(s.x & 0xffff0000u); }
 DEVICE float group_sum(uint2 s) { return bits_to_float(s.y); }
 
-// Sixteen neighbouring lanes hold one group, a value each: stores quants of value × gain, and the
-// sum of the values' squares. Every lane of the warp must call; `live` lanes store.
+DEVICE u32 float_to_brain(float f) {  // the nearest; f is finite
+  const u32 bits = float_to_bits(f);
+  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+
+// Sixteen neighbouring lanes hold one group, a value each: stores value × gain as the reader wants it, and
+// the sum of the values' squares. Every lane of the warp must call; `live` lanes store.
 DEVICE void store_group(const Row& row, int column, float value, float gain, bool live) {
   const float v = value * gain;
   float largest = fabsf(v), squares = value * value;
 #pragma unroll
   for (int step = 4; step; step >>= 1) {
-    largest = fmaxf(largest, shuffle_xor(largest, step));
+    if (!BRAIN) largest = fmaxf(largest, shuffle_xor(largest, step));
     squares += shuffle_xor(squares, step);
   }
   squares += shuffle_xor(squares, 8);
-  const u32 exact = float_to_bits(largest * (1.f / 127.f));
-  const u32 scale = (exact + 0x7fffu + (exact >> 16 & 1)) >> 16;  // nearest bfloat16
+  if (BRAIN) {
+    if (!live) return;
+    row.brain[column] = (u16)float_to_brain(v);
+    if (row.squares && column % GROUP == 0) row.squares[column / GROUP] = squares;
+    return;
+  }
+  const u32 scale = float_to_brain(largest * (1.f / 127.f));
   const float d = bits_to_float(scale << 16);
   const int q = d > 1e-36f ? __float2int_rn(v * (1.f / d)) : 0;  // smaller ones count as 0: 1 / d must be finite
   int sum = q;
@@ -64,8 +81,10 @@ struct Rows {
   int4* quants;
   uint2* scales;
   float* squares;
+  u16* brain;
   template <int WIDTH> DEVICE Row row(int t) const {
     return {values ? values + (u64)t * WIDTH : nullptr, quants + (u64)t * (padded(WIDTH) / GROUP),
-            scales + (u64)t * (padded(WIDTH) / GROUP), squares ? squares + (u64)t * (WIDTH / GROUP) : nullptr};
+            scales + (u64)t * (padded(WIDTH) / GROUP), squares ? squares + (u64)t * (WIDTH / GROUP) : nullptr,
+            brain + (u64)t * WIDTH};
   }
 };

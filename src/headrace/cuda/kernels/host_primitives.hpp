@@ -358,6 +358,35 @@ DEVICE void mma_f16(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
   }
 }
 
+DEVICE float brain_at(u32 word, int i) { return bits_to_float(i ? word & 0xffff0000u : word << 16); }
+DEVICE u32 pack_brain2(float low, float high) {
+  auto round = [](float f) {
+    const u32 bits = float_to_bits(f);
+    return f != f ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 selector) {
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 from = selector >> (4 * i) & 7;
+    out |= ((from < 4 ? a : b) >> (8 * (from & 3)) & 255u) << (8 * i);
+  }
+  return out;
+}
+DEVICE void mma_brain(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const host::Slot* lanes = host::meet({{a[0], a[1], a[2], a[3], b0, b1}});
+  const int lane = threadIdx.x & 31;
+  for (int i = 0; i < 4; ++i) {
+    const int row = i >> 1, column = (lane & 3) * 2 + (i & 1);
+    for (int k = 0; k < 16; ++k) {
+      const int quad = (k & 7) >> 1, upper = k >> 3;
+      d[i] += brain_at(lanes[(lane & ~3) + quad].word[row + 2 * upper], k & 1) *
+              brain_at(lanes[column * 4 + quad].word[4 + upper], k & 1);
+    }
+  }
+}
+
 namespace host {
 inline void poison(void* p, u32 bytes) {
   memset(p, 0xff, bytes);

@@ -11,26 +11,10 @@
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
 // are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
-#include "activations.cuh"
-#include "blocks.cuh"
 #include "epilogues.cuh"
+#include "segments.cuh"
 
-template <int TYPE, int N> struct Segment {
-  using T = Tiles<TYPE, K>;
-  static constexpr int ROWS_PADDED = (N + 15) / 16 * 16, GROUP_BYTES = T::GROUP_BYTES, MAX_BYTES = T::MAX_BYTES;
-  static DEVICE const u8* tile(const u8* weights, int group, int slice) { return weights + T::offset(group, slice); }
-  static DEVICE u32 bytes(int slice) { return T::bytes(slice); }
-};
-template <int N> struct Segment<NONE, N> {
-  static constexpr int ROWS_PADDED = 0, GROUP_BYTES = 0, MAX_BYTES = 0;
-  static DEVICE const u8* tile(const u8*, int, int) { return nullptr; }
-  static DEVICE u32 bytes(int) { return 0; }
-};
-using S0 = Segment<TYPE0, N0>;
-using S1 = Segment<TYPE1, N1>;
-using S2 = Segment<TYPE2, N2>;
-
-constexpr int SLICES = (K + TILE_COLUMNS - 1) / TILE_COLUMNS, PITCH = SLICES | 1;
+constexpr int PITCH = SLICES | 1;
 constexpr int UNIT_GROUPS = UNIT_ROWS / TILE_ROWS * (PAIRED ? 2 : 1);
 constexpr int PASS_GROUPS = PASS_UNITS * UNIT_GROUPS;
 constexpr int STAGE_BYTES = larger(S0::MAX_BYTES, larger(S1::MAX_BYTES, S2::MAX_BYTES));

@@ -71,6 +71,23 @@ DEVICE void mma_f16(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
 #endif
 }
 
+#if ARCH >= 80
+// The same with bfloat16 operands.
+DEVICE void mma_brain(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Two floats as the nearest bfloat16, in a word.
+DEVICE u32 pack_brain2(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+#endif
+// Bytes of the two words as bytes of one: nibble i of `selector` picks byte i (0–3 of a, 4–7 of b).
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 #if ARCH >= 90
@@ -97,7 +114,8 @@ DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier)
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-#elif ARCH >= 80
+#endif
+#if ARCH >= 80
 DEVICE void copy_async16(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
 }

@@ -1,0 +1,161 @@
+"""The tensor-core matmul against float64: several rows of bfloat16 activations, packed weights.
+
+Weights are rounded to bfloat16 on the way, and here in NumPy, so that the comparison is tight; that
+a row is the same whoever travels with it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from device_memory import (
+    activations,
+    from_brain,
+    poisoned,
+    put,
+    random_matrix,
+    to_brain,
+    upload_activations,
+)
+
+from headrace.cuda import arguments as c
+from headrace.cuda.device import Device
+from headrace.cuda.host import HostDevice
+from headrace.cuda.launchers import matmul
+from headrace.cuda.layout import tile_block
+from headrace.errors import DeviceError
+from headrace.gguf.types import QuantType
+
+LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
+ROUNDED = 2e-4
+"""Relative: a weight that lies between two bfloat16 may go to either."""
+
+
+@pytest.fixture(params=["host-90", "host-80", pytest.param("gpu", marks=pytest.mark.gpu)])
+def tensor_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param == "gpu":
+        from headrace.cuda.gpu import CUDADevice
+
+        made: Device = CUDADevice()
+    else:
+        made = HostDevice(arch=int(request.param.removeprefix("host-")))
+    yield made
+    made.close()
+
+
+def rows_of(rng: np.random.Generator, rows: int, k: int, gain: np.ndarray | None = None):
+    """x, and what the kernel sees of x∘gain."""
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    return x, from_brain(to_brain(x if gain is None else x * gain)).astype(np.float64)
+
+
+def rounded(weights: np.ndarray) -> np.ndarray:
+    return from_brain(to_brain(weights.astype(np.float32))).astype(np.float64)
+
+
+def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("qtype", list(QuantType))
+def test_every_type_odd_rows_whole_and_partial_slices(device: Device, qtype: QuantType) -> None:
+    rng = np.random.default_rng(qtype)
+    block = tile_block(qtype)[0]
+    for n, k, rows in ((13, block, 3), (39, 1024 + 2 * block, 5)):
+        matrix, weights, _ = random_matrix(device, rng, qtype, n, k)
+        x, seen = rows_of(rng, rows, k)
+        y = poisoned(device, (rows, n))
+        a = upload_activations(device, x)
+        device.launch(matmul(device, [matrix], a, c.Store(y.address), rows, macros=LOGITS))
+        assert relative(device.download(y), seen @ rounded(weights).T) < ROUNDED
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 33, 40])
+def test_a_row_is_bit_equal_whoever_travels_with_it(tensor_device: Device, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    k, n = 2304, 150
+    matrix, weights, _ = random_matrix(tensor_device, rng, QuantType.Q4_K, n, k)
+    x, seen = rows_of(rng, rows, k)
+    a = upload_activations(tensor_device, x)
+    y, alone = poisoned(tensor_device, (rows, n)), poisoned(tensor_device, (1, n))
+    launch = matmul(tensor_device, [matrix], a, c.Store(y.address), rows, macros=LOGITS)
+    tensor_device.launch(launch)
+    last = matmul(
+        tensor_device, [matrix], a, c.Store(alone.address), 1, first_row=rows - 1, macros=LOGITS
+    )
+    tensor_device.launch(last)
+    together = tensor_device.download(y)
+    assert relative(together, seen @ rounded(weights).T) < ROUNDED
+    np.testing.assert_array_equal(together[-1:], tensor_device.download(alone))
+
+
+def test_three_matrices_of_three_types_with_norm_and_bias(tensor_device: Device) -> None:
+    rng = np.random.default_rng(3)
+    k, sizes, eps, rows = 1280, (36, 8, 12), 1e-5, 9
+    types = (QuantType.Q4_K, QuantType.Q8_0, QuantType.Q6_K)
+    made = [
+        random_matrix(tensor_device, rng, t, n, k, bias=True)
+        for t, n in zip(types, sizes, strict=True)
+    ]
+    gain = rng.uniform(0.5, 2, k).astype(np.float32)
+    x, seen = rows_of(rng, rows, k, gain)
+    inverse = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + eps)
+    parts = [inverse * (seen @ rounded(w).T) + b for _, w, b in made]
+    y = poisoned(tensor_device, (rows, sum(sizes)))
+    matrices, a = [m for m, _, _ in made], upload_activations(tensor_device, x, gain)
+    launch = matmul(
+        tensor_device, matrices, a, c.Store(y.address), rows, norm_eps=eps, macros=LOGITS
+    )
+    tensor_device.launch(launch)
+    got = np.split(tensor_device.download(y), np.cumsum(sizes)[:-1], axis=1)
+    for part, wanted in zip(got, parts, strict=True):
+        assert relative(part, wanted) < ROUNDED
+
+
+def test_residual_adds_and_rounds_for_the_next_norm(device: Device) -> None:
+    rng = np.random.default_rng(5)
+    n, k, rows = 80, 512, 10
+    matrix, weights, bias = random_matrix(device, rng, QuantType.Q5_K, n, k, bias=True)
+    x, seen = rows_of(rng, rows, k)
+    stream = rng.standard_normal((rows, n)).astype(np.float32)
+    gain = rng.uniform(0.5, 2, n).astype(np.float32)
+    out = activations(device, rows, n, brain=True)
+    device.upload(out.values.address, stream)
+    epilogue = c.Residual(out.at(0), put(device, gain).address)
+    device.launch(matmul(device, [matrix], upload_activations(device, x), epilogue, rows))
+    got = device.download(out.values)
+    assert relative(got, stream + seen @ rounded(weights).T + bias) < ROUNDED
+    np.testing.assert_array_equal(device.download(out.brain), to_brain(got * gain))
+    np.testing.assert_allclose(
+        device.download(out.squares), np.square(got).reshape(rows, -1, 16).sum(-1), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_activation_product_of_gate_and_up(tensor_device: Device, rows: int) -> None:
+    rng = np.random.default_rng(6)
+    n, k, eps = 112, 1024, 1e-6
+    types = (QuantType.Q4_0, QuantType.Q6_K)
+    (gate, gate_w, _), (up, up_w, _) = (random_matrix(tensor_device, rng, t, n, k) for t in types)
+    x, seen = rows_of(rng, rows, k)
+    hidden = activations(tensor_device, rows, n, brain=True)
+    launch = matmul(
+        tensor_device, [gate, up], upload_activations(tensor_device, x), c.Product(hidden.at(0)),
+        rows, norm_eps=eps, macros={"ACTIVATION": "SILU"},
+    )  # fmt: skip
+    tensor_device.launch(launch)
+    inverse = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + eps)
+    g, u = inverse * (seen @ rounded(gate_w).T), inverse * (seen @ rounded(up_w).T)
+    got = tensor_device.download(hidden.values)
+    assert relative(got, g / (1 + np.exp(-g)) * u) < 2 * ROUNDED
+    np.testing.assert_array_equal(tensor_device.download(hidden.brain), to_brain(got))
+
+
+def test_a_device_without_them_is_refused() -> None:
+    device = HostDevice(arch=75)
+    matrix, _, _ = random_matrix(device, np.random.default_rng(0), QuantType.Q8_0, 16, 32)
+    a = upload_activations(device, np.zeros((1, 32), np.float32))
+    with pytest.raises(DeviceError, match="needs sm_80, not sm_75"):
+        matmul(device, [matrix], a, c.Store(0), 1, macros=LOGITS)
