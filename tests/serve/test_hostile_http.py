@@ -328,6 +328,14 @@ def test_foreign_hosts(server: Server, host: str) -> None:
     refused(server.client.get("/v1/models", headers={"Host": host}), status=403)
 
 
+@pytest.mark.parametrize("second", ["Host: evil.example", "Origin: http://localhost"])
+def test_a_second_host_or_origin(server: Server, second: str) -> None:
+    with server.connect(raw_post("/tokenize", b"{}", "Origin: http://localhost", second)) as raw:
+        answer = raw.recv(4000)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert f"there are 2 {second.partition(':')[0].lower()} headers".encode() in answer
+
+
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
 def test_foreign_origins(server: Server, origin: str) -> None:
     headers = {"Origin": origin}

@@ -24,9 +24,9 @@ _BYTES_PER_VALUE, _BYTES_PER_CONTAINER = 8, 128
 128. Millions of empty ones would keep the event loop busy for seconds."""
 
 
-def check_host(given: str | None, settings: Settings) -> None:
+def check_host(given: str, settings: Settings) -> None:
     """A 403 for a Host that is not ours: a page elsewhere has made a name point here."""
-    name = _host_name(given or "")
+    name = _host_name(given)
     if "*" in settings.allowed_hosts or name in settings.allowed_hosts or name == settings.host:
         return
     if name == "localhost":

@@ -72,9 +72,10 @@ class Guard:
     async def _admit(self, scope: Scope, exchange: Exchange) -> bool:
         """Check who asks. False when the answer, to a preflight, has been sent."""
         headers, settings = Headers(scope=scope), self._settings
-        check_host(headers.get("host"), settings)
-        origin = headers.get("origin")
-        if origin is not None and check_origin(origin, headers["host"], settings):
+        host = _only_one(headers, "host") or ""
+        check_host(host, settings)
+        origin = _only_one(headers, "origin")
+        if origin is not None and check_origin(origin, host, settings):
             exchange.headers += _cors(origin)
             if scope["method"] == "OPTIONS":
                 await exchange.send({"type": "http.response.start", "status": 204})
@@ -138,6 +139,14 @@ class Guard:
         }
         quiet = route in ("/health/live", "/health/ready", "/metrics")
         logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": facts})
+
+
+def _only_one(headers: Headers, name: str) -> str | None:
+    """A 400 when there are two: proxies and servers differ in which of them counts."""
+    given = headers.getlist(name)
+    if len(given) > 1:
+        raise Problem(400, f"there are {len(given)} {name} headers", code="invalid_header")
+    return given[0] if given else None
 
 
 def _cors(origin: str) -> list[tuple[bytes, bytes]]:

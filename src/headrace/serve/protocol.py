@@ -64,6 +64,9 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
             _cancel(self._header_timer)
             super().on_headers_complete()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """uvicorn's advises to install a library for WebSockets."""
+
         def _await_headers(self) -> None:
             self._awaits_headers, self._n_head = True, 0
             _cancel(self._header_timer)
