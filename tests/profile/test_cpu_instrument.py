@@ -20,7 +20,7 @@ from headrace.gguf import open_gguf
 from headrace.instrument import InstrumentedRunner, Work
 from headrace.model import load_decoder
 from headrace.profile.measure import profile_runner
-from headrace.profile.result import Subject
+from headrace.profile.record import Subject
 from headrace.reference.runner import ReferenceRunner
 
 TOKENS = np.random.default_rng(5).integers(0, 70, 40).tolist()

@@ -257,7 +257,8 @@ def test_names_from_a_file_stay_text(show, fake, profiled, tmp_path):
 def test_figures_survive_the_page(fake, profiled):
     runner = fake(lambda part: 1e-5 * len(runner.batches))  # every step is longer than the last
     made = profiled(runner, tokens=5)
-    figures = re.search(r'id="figures">(.*?)</script>', page(made), re.DOTALL)
+    text = page(made.as_json(), made.parts, made.layers, made.samples)
+    figures = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
     facts = json.loads(figures[1])
     expected = made.as_json()
     assert facts["parts"] == json.loads(json.dumps(expected["parts"]))

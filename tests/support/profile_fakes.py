@@ -9,7 +9,7 @@ import numpy as np
 from headrace.backend import Batch
 from headrace.instrument import Ceilings, Formats, Part, Span, Work, works
 from headrace.model.decoder import Decoder
-from headrace.profile.result import Subject
+from headrace.profile.record import Subject
 
 SUBJECT = Subject("a model", "llama", "a device")
 

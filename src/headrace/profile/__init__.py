@@ -41,7 +41,7 @@ def profile_model(
     from headrace.gguf import open_gguf
     from headrace.model import load_decoder
     from headrace.profile.measure import profile_runner
-    from headrace.profile.result import Subject
+    from headrace.profile.record import Subject
 
     for option, value, least in (
         ("tokens", tokens, 1),

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from headrace.profile.record import Record
-from headrace.profile.result import Profile
+from headrace.profile.record import Group, Record, Sample
 
 
-def page(profile: Profile) -> str:
+def page(
+    facts: dict[str, Any],
+    parts: Sequence[Group],
+    layers: Sequence[Group],
+    samples: Sequence[Sample],
+) -> str:
+    """``facts``: what ``--json`` has."""
     # Inside a script element only "</" and "<!--" mean something; names may hold anything.
-    figures = json.dumps(_figures(profile), separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"/*css*/": _read("report.css"), "/*js*/": _read("report.js"), "/*figures*/": figures}
-    return re.sub("|".join(map(re.escape, parts)), lambda m: parts[m[0]], _read("report.html"))
+    figures = json.dumps(_figures(facts, parts, layers, samples), separators=(",", ":"))
+    fill = {
+        "/*css*/": _read("report.css"),
+        "/*js*/": _read("report.js"),
+        "/*figures*/": figures.replace("<", "\\u003c"),
+    }
+    return re.sub("|".join(map(re.escape, fill)), lambda m: fill[m[0]], _read("report.html"))
 
 
 def _read(name: str) -> str:
     return files("headrace.profile").joinpath(name).read_text(encoding="utf-8")
 
 
-def _figures(profile: Profile) -> dict[str, Any]:
-    """What ``--json`` has, with two pictures in place of the single records. ``strip``: the median
-    sample's spans, [part, layer or null, start µs, µs, µs waiting]. ``stacks``: of each layer, the
-    median µs of its parts, [part, µs]. Parts by their place in ``parts``."""
-    facts = profile.as_json()
-    del facts["records"]
-    places = {(group.first.operation, group.first.name): i for i, group in enumerate(profile.parts)}
+def _figures(
+    facts: dict[str, Any],
+    parts: Sequence[Group],
+    layers: Sequence[Group],
+    samples: Sequence[Sample],
+) -> dict[str, Any]:
+    """``facts`` with two pictures in place of the single records. ``strip``: the median sample's
+    spans, [part, layer or null, start µs, µs, µs waiting]. ``stacks``: of each layer, the median µs
+    of its parts, [part, µs]. Parts by their place in ``parts``."""
+    places = {(group.first.operation, group.first.name): i for i, group in enumerate(parts)}
 
     def place(record: Record) -> int:
         return places[record.operation, record.name]
 
-    records = {record.part: record for record in profile.records}
-    samples = sorted(profile.samples, key=lambda sample: sample.seconds)
-    spans = samples[len(samples) // 2].spans
+    records = {record.part: record for group in parts for record in group.records}
+    in_order = sorted(samples, key=lambda sample: sample.seconds)
+    spans = in_order[len(in_order) // 2].spans
     origin = spans[0].start if spans else 0.0
     strip = [
         [
@@ -52,7 +65,8 @@ def _figures(profile: Profile) -> dict[str, Any]:
             "layer": group.first.layer,
             "parts": [[place(r), round(r.seconds.median * 1e6, 2)] for r in group.records],
         }
-        for group in profile.layers
+        for group in layers
         if group.first.layer is not None
     ]
-    return facts | {"strip": strip, "stacks": stacks}
+    shown = {key: value for key, value in facts.items() if key != "records"}
+    return shown | {"strip": strip, "stacks": stacks}

@@ -13,8 +13,8 @@ from headrace.backend import PAGE_SIZE, Batch, Runner
 from headrace.errors import DeviceError, RequestError
 from headrace.instrument import Ceilings, Instrument, InstrumentedRunner, Part, Span, Threaded
 from headrace.profile.cost import Cost, Rows, cost
-from headrace.profile.record import Record, Timing
-from headrace.profile.result import Profile, Sample, Subject
+from headrace.profile.record import Record, Sample, Subject, Timing
+from headrace.profile.result import Profile
 
 PROFILED = ("cpu", "cuda", "reference")
 """Devices whose runners have an instrument."""

@@ -10,7 +10,7 @@ from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
-from headrace.instrument import Ceilings, Part, Work
+from headrace.instrument import Ceilings, Part, Span, Work
 from headrace.profile.cost import Cost
 
 
@@ -58,6 +58,29 @@ class Timing:
 
     def as_json(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("count", "min", "median", "max", "mean")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was profiled. ``size``: bytes of the file, and ``parameters``, where they are known."""
+
+    model: str
+    architecture: str
+    device: str
+    size: int | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A token (or prompt) as it ran with time stamps: seconds by the host's clock, the spans by the
+    device's, and what no span covers: ``gaps`` between parts on the device, and ``outside``, the
+    host's before, after and between its own parts."""
+
+    seconds: float
+    spans: tuple[Span, ...]
+    gaps: float
+    outside: float
 
 
 @dataclass(frozen=True)

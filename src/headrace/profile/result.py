@@ -9,33 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headrace.instrument import Ceilings, Span
+from headrace.instrument import Ceilings
 from headrace.profile import bottleneck
 from headrace.profile.bottleneck import Bottleneck
-from headrace.profile.record import Group, Level, Record, Timing, group_json
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What was profiled. ``size``: bytes of the file, and ``parameters``, where they are known."""
-
-    model: str
-    architecture: str
-    device: str
-    size: int | None = None
-    parameters: int | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A token (or prompt) as it ran with time stamps: seconds by the host's clock, the spans by the
-    device's, and what no span covers: ``gaps`` between parts on the device, and ``outside``, the
-    host's before, after and between its own parts."""
-
-    seconds: float
-    spans: tuple[Span, ...]
-    gaps: float
-    outside: float
+from headrace.profile.record import Group, Level, Record, Sample, Subject, Timing, group_json
 
 
 @dataclass(frozen=True)
@@ -182,13 +159,14 @@ class Profile:
         """A report that needs nothing else: one page, no outside address."""
         from headrace.profile.html import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        text = page(self.as_json(), self.parts, self.layers, self.samples)
+        Path(path).write_text(text, encoding="utf-8")
 
     def write_trace(self, path: str | Path) -> None:
         """Every span of every sample in Chrome's trace-event format: https://ui.perfetto.dev."""
         from headrace.profile.trace import write
 
-        write(self, Path(path))
+        write(Path(path), self.subject, self.mode, self.unit, self.records, self.samples)
 
 
 def _labels(kind: str, group: Group) -> dict[str, Any]:

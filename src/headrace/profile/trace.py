@@ -6,43 +6,51 @@ Google's "Trace Event Format" (the catapult project), its JSON object form.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from headrace.instrument import Span
-from headrace.profile.record import Record
-from headrace.profile.result import Profile
+from headrace.profile.record import Record, Sample, Subject
 
 _TRACKS = {"whole": 0, "host": 1, "device": 2}
 _PROCESS = 1
 
 
-def write(profile: Profile, path: Path) -> None:
-    document = {"traceEvents": list(events(profile)), "displayTimeUnit": "ns"}
+def write(
+    path: Path,
+    subject: Subject,
+    mode: str,
+    unit: str,
+    records: Sequence[Record],
+    samples: Sequence[Sample],
+) -> None:
+    made = [*_tracks(subject, unit), *_events(mode, unit, records, samples)]
+    document = {"traceEvents": made, "displayTimeUnit": "ns"}
     path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
-def events(profile: Profile) -> Iterator[dict[str, Any]]:
-    """Names of the tracks, then a complete event (``X``; µs) for each token and each span."""
-    names = {"whole": f"{profile.unit}s", "host": "host", "device": profile.subject.device}
-    process = f"headrace profile {profile.subject.model}"
-    yield _metadata("process_name", 0, {"name": process})
+def _tracks(subject: Subject, unit: str) -> Iterator[dict[str, Any]]:
+    names = {"whole": f"{unit}s", "host": "host", "device": subject.device}
+    yield _metadata("process_name", 0, {"name": f"headrace profile {subject.model}"})
     for track, number in _TRACKS.items():
         yield _metadata("thread_name", number, {"name": names[track]})
         yield _metadata("thread_sort_index", number, {"sort_index": number})
-    samples = [sample for sample in profile.samples if sample.spans]
-    if not samples:
-        return
+
+
+def _events(
+    mode: str, unit: str, records: Sequence[Record], samples: Sequence[Sample]
+) -> Iterator[dict[str, Any]]:
+    """A complete event (``X``; µs) for each token and each span."""
+    by_part = {record.part: record for record in records}
     origin = samples[0].spans[0].start
-    records = {record.part: record for record in profile.records}
     for number, sample in enumerate(samples):
         # The host's clock has another origin: the token begins with its first span.
         start = sample.spans[0].start
-        name = f"{profile.unit} {number}"
-        yield _complete(name, profile.mode, "whole", start - origin, sample.seconds, {})
+        name = f"{unit} {number}"
+        yield _complete(name, mode, "whole", start - origin, sample.seconds, {})
         for span in sample.spans:
-            yield _span(records[span.part], span, origin)
+            yield _span(by_part[span.part], span, origin)
 
 
 def _span(record: Record, span: Span, origin: float) -> dict[str, Any]:

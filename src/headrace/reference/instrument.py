@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.backend import Batch
 from headrace.instrument import Ceilings, Formats, Part, Span, Work, works
+from headrace.model.decoder import Decoder
+from headrace.model.operations import Operation
 
-if TYPE_CHECKING:
-    from headrace.reference.runner import ReferenceRunner
+Observer = Callable[[Operation, NDArray[Any]], None]
 
 _KIND = "NumPy matmul"
 
@@ -25,11 +27,18 @@ class ReferenceInstrument:
     clock = "the host's clock"
     max_rows = 512
 
-    def __init__(self, runner: ReferenceRunner, cached: float) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        step: Callable[[Batch], NDArray[Any]],
+        observe: Callable[[Observer | None], Observer | None],
+        cached: float,
+    ) -> None:
+        """``observe``: puts an observer of the operations in the place of another."""
         self.formats = Formats(quantised=None, cached=cached)
-        self._runner = runner
+        self._step, self._observe = step, observe
         self._parts = []
-        for i, op in enumerate(runner.decoder.operations):
+        for i, op in enumerate(decoder.operations):
             done = tuple(work for work in works(op) if work is not Work.SAMPLE)
             self._parts.append(Part(i, "all", done, _KIND))
         choice = Part(len(self._parts) - 1, "choice", (Work.SAMPLE,), _KIND, host=True)
@@ -40,16 +49,16 @@ class ReferenceInstrument:
         """Nothing."""
 
     def plain_step(self, batch: Batch) -> int | None:
-        logits = self._runner.step(batch)
+        logits = self._step(batch)
         return int(logits[-1].argmax()) if len(logits) else None
 
     def timed_step(self, batch: Batch) -> int | None:
-        before, self._stamps = self._runner.observe, [time.perf_counter()]
-        self._runner.observe = lambda op, output: self._stamps.append(time.perf_counter())
+        self._stamps = [time.perf_counter()]
+        before = self._observe(lambda op, output: self._stamps.append(time.perf_counter()))
         try:
             token = self.plain_step(batch)
         finally:
-            self._runner.observe = before
+            self._observe(before)
         self._stamps.append(time.perf_counter())
         return token
 

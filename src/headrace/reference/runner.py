@@ -6,7 +6,6 @@ Slow and obvious. Every other backend is tested against it; activations are neve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,10 @@ from headrace.model.operations import (
     Rope,
 )
 from headrace.reference import operations as ops
+from headrace.reference.instrument import Observer, ReferenceInstrument
 from headrace.reference.weights import DequantisedWeights
 
 Array = NDArray[Any]
-Observer = Callable[[Operation, Array], None]
 
 DEFAULT_WEIGHT_BUDGET = 4 << 30
 
@@ -78,9 +77,12 @@ class ReferenceRunner:
 
     def instrument(self) -> Instrument:
         """Times the steps of this runner operation by operation."""
-        from headrace.reference.instrument import ReferenceInstrument
 
-        return ReferenceInstrument(self, cached=self._dtype.itemsize)
+        def observe(observer: Observer | None) -> Observer | None:
+            before, self.observe = self.observe, observer
+            return before
+
+        return ReferenceInstrument(self.decoder, self.step, observe, self._dtype.itemsize)
 
     def copy_page(self, source: int, target: int) -> None:
         cache = self._allocated()
