@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import numpy as np
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field
 from serve_process import Server
 
 pytestmark = pytest.mark.real_model
@@ -95,6 +97,19 @@ def test_stop_max_tokens_bias_and_penalties_take_effect(client: OpenAI, server: 
     assert plain.count("0") > penalised.count("0")
 
 
+def test_stop_strings_across_tokens(client: OpenAI) -> None:
+    options = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 24,
+               "temperature": 0}  # fmt: skip
+    whole = client.completions.create(**options).choices[0].text
+    for at in range(1, len(whole) - 6, 4):
+        stop = whole[at : at + 6]
+        before = whole[: whole.find(stop)]
+        choice = client.completions.create(**options, stop=[stop]).choices[0]
+        assert (choice.text, choice.finish_reason) == (before, "stop")
+        chunks = client.completions.create(**options, stop=[stop, "never"], stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == before
+
+
 def test_extensions(client: OpenAI) -> None:
     greedy = chat(client).choices[0].message.content
     one = chat(client, temperature=5, extra_body={"top_k": 1}).choices[0].message.content
@@ -118,6 +133,40 @@ def test_logprobs(client: OpenAI) -> None:
         for entry in chunk.choices[0].logprobs.content
     ]
     assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+def test_many_log_probabilities_are_the_same_whole_and_streamed(client: OpenAI) -> None:
+    options = {"logprobs": True, "top_logprobs": 100, "max_completion_tokens": 60,
+               "extra_body": {"ignore_eos": True}}  # fmt: skip
+    whole = chat(client, **options).choices[0].logprobs.content
+    assert len(whole) == 60
+    assert {len(entry.top_logprobs) for entry in whole} == {100}
+    streamed = [
+        entry
+        for chunk in chat(client, **options, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == whole
+
+
+def test_pieces_of_characters(client: OpenAI) -> None:
+    prompt = "\N{FOX FACE}\N{TURTLE}\N{SNAKE}" * 4 + "\N{FOX FACE}"
+    options = {"model": MODEL, "prompt": prompt, "max_tokens": 30, "temperature": 0}
+    choice = client.completions.create(**options, logprobs=3).choices[0]
+    data = [
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+        if token.startswith("bytes:") else token.encode()
+        for token in choice.logprobs.tokens
+    ]  # fmt: skip
+    assert any(token.startswith("bytes:\\x") for token in choice.logprobs.tokens)
+    assert b"".join(data).decode(errors="replace") == choice.text
+    for i, offset in enumerate(choice.logprobs.text_offset):
+        assert offset == len(b"".join(data[:i]).decode(errors="ignore"))
+    assert all(len(top) == 3 for top in choice.logprobs.top_logprobs)
+    chunks = [chunk.choices[0].text for chunk in client.completions.create(**options, stream=True)]
+    assert "".join(chunks) == choice.text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(chunks[:-1])
 
 
 def test_completions(client: OpenAI) -> None:
@@ -162,6 +211,49 @@ def test_json_schema(client: OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=12)]
+    age: int
+
+
+def test_the_client_s_own_helpers(client: OpenAI) -> None:
+    """They parse answers into classes, and put streams together again."""
+    options = {"model": MODEL, "messages": ASK, "temperature": 0, "max_completion_tokens": 80}
+    parsed = client.chat.completions.parse(**options, response_format=Person)
+    person = parsed.choices[0].message.parsed
+    assert isinstance(person, Person)
+    with client.chat.completions.stream(**options, response_format=Person) as stream:
+        assert {"content.delta", "content.done"} <= {event.type for event in stream}
+        assert stream.get_final_completion().choices[0].message.parsed == person
+    tools = [openai.pydantic_function_tool(Person)]
+    with client.chat.completions.stream(
+        **options, tools=tools, tool_choice="required", parallel_tool_calls=False
+    ) as stream:
+        assert "tool_calls.function.arguments.delta" in {event.type for event in stream}
+        [call] = stream.get_final_completion().choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Person)
+    asked = {"model": MODEL, "input": ASK[0]["content"], "temperature": 0, "max_output_tokens": 80}
+    with client.responses.stream(**asked, text_format=Person) as stream:
+        assert "response.output_text.delta" in {event.type for event in stream}
+        assert isinstance(stream.get_final_response().output_parsed, Person)
+
+
+def test_choices_in_a_stream_of_json_do_not_mix(client: OpenAI) -> None:
+    schema = Person.model_json_schema() | {"additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    texts = {0: "", 1: "", 2: ""}
+    chunks = chat(client, n=3, seed=4, temperature=1.5, response_format=form, logprobs=True,
+                  max_completion_tokens=90, stream=True)  # fmt: skip
+    counts = dict.fromkeys(texts, 0)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            counts[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+    assert all(Person.model_validate_json(text) for text in texts.values())
+    assert all(count > 5 for count in counts.values())
+    assert len(set(texts.values())) > 1
+
+
 def test_json_object(client: OpenAI) -> None:
     answer = chat(
         client, response_format={"type": "json_object"}, max_completion_tokens=400, seed=1,
@@ -196,7 +288,7 @@ def test_a_tool_is_called_when_it_must_be(client: OpenAI, choice) -> None:
     assert len(streamed) > 3
 
 
-def test_a_tool_conversation_goes_on(client: OpenAI) -> None:
+def test_a_tool_conversation_goes_on(client: OpenAI, server: Server) -> None:
     call = {"id": "call_1", "type": "function",
             "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}  # fmt: skip
     messages = [
@@ -207,6 +299,8 @@ def test_a_tool_conversation_goes_on(client: OpenAI) -> None:
     for choice in ("none", "auto"):
         answer = chat(client, messages=messages, tools=[WEATHER], tool_choice=choice)
         assert answer.choices[0].message.content
+    counted = server.post("/tokenize", {"messages": messages}).json()["count"]
+    assert chat(client, messages=messages).usage.prompt_tokens == counted
 
 
 def test_embeddings(client: OpenAI) -> None:
