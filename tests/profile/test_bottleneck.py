@@ -213,5 +213,5 @@ def test_one_late_thread_is_waited_for(runner):
     profile = profile_runner(runner, SUBJECT, tokens=8, depth=64)
     assert kept
     slowed = next(g for g in profile.parts if g.first.name == "down matmul")
-    assert slowed.waiting.mean / slowed.seconds.mean == pytest.approx(0.5, abs=0.1)
+    assert slowed.waiting.mean / slowed.seconds.mean == pytest.approx(0.5, abs=0.2)
     assert profile.bottleneck.part == "down matmul"
