@@ -38,7 +38,8 @@ def show(profile: Profile, console: Console) -> None:
 def _heading(profile: Profile) -> Iterator[str]:
     s, ceilings = profile.subject, profile.ceilings
     yield f"[bold]{s.model}[/bold] · {s.architecture} · {s.device}"
-    what = "tokens" if profile.mode == "decode" else f"prompts of {profile.n_tokens} tokens"
+    what = profile.unit + ("s" if profile.plain.count > 1 else "")
+    what += f" of {profile.n_tokens} tokens" if profile.mode == "prefill" else ""
     each = f"{seconds(profile.plain.median)} each, {profile.tokens_per_second:,.0f} tok/s"
     yield (
         f"{profile.mode} of {profile.plain.count} {what} at depth {profile.depth}: {each}; "
