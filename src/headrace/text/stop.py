@@ -8,6 +8,7 @@ text that could still become one: what must be held back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from headrace.errors import RequestError
 
@@ -26,29 +27,21 @@ class StopStrings:
         """The stop string that ended the stream."""
         self._held = ""  # the text the automaton's state stands for
         self._state = 0
-        self._next: list[dict[str, int]] = [{}]
-        self._fallback = [0]
-        self._complete: list[str | None] = [None]  # longest stop string that ends in this state
-        for stop in stops:
-            if not stop:
-                raise RequestError("stop: a stop string must not be empty")
-            self._add(stop)
-        self._link()
+        self._automaton = _automaton(tuple(stops))
 
     def push(self, text: str) -> str:
         """The part of the text so far that may be shown now; "" once a stop string has matched."""
         if self.matched is not None:
             return ""
+        automaton = self._automaton
         held = self._held + text
-        shown = 0
         for at, char in enumerate(text, len(self._held) + 1):
-            state = self._step(self._state, char)
-            self._state = state
-            if (stop := self._complete[state]) is not None:
+            self._state = automaton.step(self._state, char)
+            if (stop := automaton.complete[self._state]) is not None:
                 self.matched = stop
                 self._held = ""
                 return held[: at - len(stop)]
-        shown = len(held) - self._depth[self._state]
+        shown = len(held) - automaton.depth[self._state]
         self._held = held[shown:]
         return held[:shown]
 
@@ -57,7 +50,23 @@ class StopStrings:
         held, self._held, self._state = self._held, "", 0
         return held
 
-    def _step(self, state: int, char: str) -> int:
+
+class _Automaton:
+    """States are numbers; 0 is the beginning. ``depth`` is the length of the text a state stands
+    for, ``complete`` the longest stop string that ends in it."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._fallback = [0]
+        self.complete: list[str | None] = [None]
+        for stop in stops:
+            if not stop:
+                raise RequestError("stop: a stop string must not be empty")
+            self._add(stop)
+        self.depth = [0] * len(self._next)
+        self._link()
+
+    def step(self, state: int, char: str) -> int:
         while char not in self._next[state]:
             if state == 0:
                 return 0
@@ -71,20 +80,23 @@ class StopStrings:
             if following == len(self._next):
                 self._next.append({})
                 self._fallback.append(0)
-                self._complete.append(None)
+                self.complete.append(None)
             state = following
-        self._complete[state] = stop
+        self.complete[state] = stop
 
     def _link(self) -> None:
         """Point each state to that of its longest proper tail, breadth first."""
-        self._depth = [0] * len(self._next)
         queue = [0]
         for state in queue:  # grows as it is read
             for char, following in self._next[state].items():
-                self._depth[following] = self._depth[state] + 1
+                self.depth[following] = self.depth[state] + 1
                 if state:
-                    tail = self._step(self._fallback[state], char)
+                    tail = self.step(self._fallback[state], char)
                     self._fallback[following] = tail
-                    if self._complete[following] is None:
-                        self._complete[following] = self._complete[tail]
+                    if self.complete[following] is None:
+                        self.complete[following] = self.complete[tail]
                 queue.append(following)
+
+
+# The choices of a request have the same stop strings, and most requests those of the one before.
+_automaton = lru_cache(maxsize=4)(_Automaton)
