@@ -7,6 +7,7 @@ loads the model, so that the server answers probes meanwhile.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -155,6 +156,10 @@ class EngineThread:
         finally:
             model.close()
             self._post()
+            ended = unavailable("the engine has ended", "failed")
+            for work, future in self._works:
+                work.close()  # type: ignore[attr-defined]
+                self._call_loop(functools.partial(_settle, future, None, ended))
 
     def _serve(self, engine: Engine) -> None:
         while not self._closing:
@@ -180,11 +185,11 @@ class EngineThread:
             value = next(work)
         except Exception as error:
             self._works.popleft()
-            self._loop.call_soon_threadsafe(_settle, future, None, error)
+            self._call_loop(functools.partial(_settle, future, None, error))
             return True
         if value is not None:
             self._works.popleft()
-            self._loop.call_soon_threadsafe(_settle, future, value, None)
+            self._call_loop(functools.partial(_settle, future, value, None))
         return True
 
     def _post(self) -> None:
