@@ -106,6 +106,26 @@ def test_probes_answer_within_100_ms_during_a_long_prefill(server: Server) -> No
     assert statistics.median(all_waits) < 0.1  # however busy the machine
 
 
+def test_probes_answer_while_a_long_text_is_tokenised(server: Server) -> None:
+    rng = random.Random(4)
+    text = " ".join(rng.choice(WORDS) + str(rng.randrange(10**6)) for _ in range(8_000))
+    answered = threading.Event()
+
+    def ask() -> None:
+        assert server.post("/tokenize", {"text": text}).status_code == 200
+        answered.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    n_probes = 0
+    while not answered.is_set():
+        assert server.client.get("/health/live").status_code == 200
+        n_probes += not answered.is_set()
+    asking.join()
+    print(f"{n_probes} probes while {len(text)} characters were tokenised")
+    assert n_probes > 5
+
+
 def test_a_second_identical_long_prompt_starts_5_times_sooner(server: Server) -> None:
     seeds = iter(range(99, 199))
 
@@ -158,6 +178,7 @@ def test_http_costs_little_of_the_engine_s_speed(server: Server, smollm2_path: P
     pid = server.process.pid
     engine_speeds: list[float] = []
     served_speeds: list[float] = []
+    shares: list[float] = []
     started, loop_started = cpu_seconds(pid), cpu_seconds(pid, thread=pid)
     with headrace.load(smollm2_path, context=2048, max_sequences=N, cache_tokens=8192) as model:
 
@@ -165,7 +186,11 @@ def test_http_costs_little_of_the_engine_s_speed(server: Server, smollm2_path: P
             engine_speeds.append(engine_tokens_per_second(model, seed=len(engine_speeds)))
             load = Load(server.url, n_requests=N, concurrency=N, prompt_tokens=16,
                         max_tokens=TOKENS, seed=len(served_speeds))  # fmt: skip
-            served_speeds.append(asyncio.run(run(load))["output_tokens_per_second"])
+            stepping = server.metric("headrace_step_seconds_sum")
+            facts = asyncio.run(run(load))
+            stepping = server.metric("headrace_step_seconds_sum") - stepping
+            served_speeds.append(facts["output_tokens_per_second"])
+            shares.append(stepping / facts["seconds"])
             ratio = max(served_speeds) / max(engine_speeds)
             print(
                 f"engine {engine_speeds[-1]:.0f} tok/s, server {served_speeds[-1]:.0f} tok/s; "
@@ -176,6 +201,8 @@ def test_http_costs_little_of_the_engine_s_speed(server: Server, smollm2_path: P
         assert reaches(attempt, pid)
     loop = cpu_seconds(pid, thread=pid) - loop_started
     engine = cpu_seconds(pid) - started - loop
+    print(f"the engine stepped {100 * max(shares):.0f}% of the time")
+    assert max(shares) > 0.9  # a clock on both sides: a busy machine slows both
     print(f"CPU time of the event loop: {100 * loop / engine:.1f}% of the engine's")
     assert loop < 0.2 * engine
 

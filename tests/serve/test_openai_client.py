@@ -182,6 +182,7 @@ def test_completions(client: OpenAI) -> None:
     assert "".join(logprobs.tokens) == answer.choices[0].text
     assert logprobs.text_offset[1] == len(logprobs.tokens[0])
     assert all(len(top) == 2 for top in logprobs.top_logprobs)
+    assert answer.choices[1].logprobs == logprobs
     stream = client.completions.create(
         model=MODEL, prompt="The capital of France is", max_tokens=4, temperature=0, stream=True
     )

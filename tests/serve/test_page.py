@@ -141,7 +141,7 @@ def test_markup_in_messages_stays_text(page: Page) -> None:
 
 
 ANSWER = """# A *title*
-Some **bold** and `co*d*e`, 2 * 3 * 4, snake_case_name,
+Some **bold** and `co*d*e <b>`, 2 * 3 * 4, snake_case_name,
 <b>no tag</b>, **open
 
 - one
@@ -153,14 +153,14 @@ Some **bold** and `co*d*e`, 2 * 3 * 4, snake_case_name,
 ```python
 if a < b:
 
-    print("**")
+    print("**<b>")
 ```
 [link](https://evil.example) ![x](https://evil.example/x.png)
 ```
 cut"""
 DRAWN = (
     "<h3>A <em>title</em></h3>"
-    "<p>Some <strong>bold</strong> and <code>co*d*e</code>, 2 * 3 * 4, snake_case_name,\n"
+    "<p>Some <strong>bold</strong> and <code>co*d*e &lt;b&gt;</code>, 2 * 3 * 4, snake_case_name,\n"
     "&lt;b&gt;no tag&lt;/b&gt;, **open</p>"
     "<ul><li>one</li><li>two</li><li>three</li><li>second\nand more</li></ul>"
     '<figure><pre><code>if a &lt; b:\n\n    print("**")</code></pre></figure>'

@@ -15,8 +15,9 @@ from starlette.exceptions import HTTPException
 import headrace
 from headrace.errors import HeadraceError
 from headrace.serve import chat, completions, embeddings, page, plain, responses
+from headrace.serve.exchange import EXCHANGE, Exchange
 from headrace.serve.guard import Guard
-from headrace.serve.problems import Problem, from_error, from_validation
+from headrace.serve.problems import Problem, from_error, from_validation, server_error
 from headrace.serve.service import Service
 
 logger = logging.getLogger("headrace.serve")
@@ -55,26 +56,32 @@ def create_app(service: Service) -> Guard:
 
 async def _on_problem(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.response()
+    return _answer(http, error)
 
 
 async def _on_error(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    return from_error(error).response()
+    return _answer(http, from_error(error))
 
 
 async def _on_validation(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return from_validation(error.errors()).response()
+    return _answer(http, from_validation(error.errors()))
 
 
 async def _on_http(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {404: "there is no such route", 405: "this route has no such method"}
     text = message.get(error.status_code, str(error.detail))
-    return Problem(error.status_code, text, headers=error.headers).response()
+    return _answer(http, Problem(error.status_code, text, headers=error.headers))
 
 
 async def _on_crash(http: HTTPRequest, error: Exception) -> Response:
     """The answer; the guard, to whom the error goes next, writes it down."""
-    return Problem(500, "the server failed; its log says why", code="internal_error").response()
+    return _answer(http, server_error())
+
+
+def _answer(http: HTTPRequest, problem: Problem) -> Response:
+    exchange: Exchange = http.scope[EXCHANGE]
+    exchange.code = problem.code
+    return problem.response()

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.serve.checks import check_host, check_json, check_key, check_origin, check_size
 from headrace.serve.exchange import EXCHANGE, Exchange
-from headrace.serve.problems import Problem, unavailable
+from headrace.serve.problems import Problem, server_error, unavailable
 from headrace.serve.service import Service
 
 logger = logging.getLogger("headrace.serve")
@@ -52,8 +52,7 @@ class Guard:
             await exchange.fail(exchange.ended_by, scope, receive)
         except Exception:
             logger.exception("an error of the server's own")
-            failed = Problem(500, "the server failed; its log says why", code="internal_error")
-            await exchange.fail(failed, scope, receive)
+            await exchange.fail(server_error(), scope, receive)
         finally:
             self._service.exchanges.discard(exchange)
             exchange.close()

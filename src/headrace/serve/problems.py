@@ -74,6 +74,10 @@ def unavailable(message: str, code: str, retry_after: int = 1) -> Problem:
     return Problem(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
+def server_error() -> Problem:
+    return Problem(500, "the server failed; its log says why", code="internal_error")
+
+
 def from_error(error: HeadraceError, param: str | None = None) -> Problem:
     """What a library error is to a client. ``param``: the field it is about, unless it says so."""
     message = str(error)
