@@ -26,8 +26,8 @@ from headrace.backend import PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda import launchers
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
-from headrace.cuda.launchers import Tuning
 from headrace.cuda.lowering import Step
+from headrace.cuda.products import Tuning
 from headrace.cuda.runner import CUDARunner
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
@@ -212,10 +212,10 @@ def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
 
 
 def measure(
-    decoder: Decoder, name: str, ceiling: float, options: argparse.Namespace
+    decoder: Decoder, name: str, mode: str, ceiling: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    runner = CUDARunner(decoder, tuning=Tuning(*options.tuning))
+    runner = CUDARunner(decoder, tensor_cores=mode == "tensor", tuning=Tuning(*options.tuning))
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
     launches = runner.executor.lowering.launches(Step(1, 64, ((0, 1),)))
@@ -226,7 +226,7 @@ def measure(
         us, rate = d["us"], total / d["us"]["median"] / 1e3
         d["share_of_ceiling"] = rate / ceiling
         print(
-            f"{name} depth {d['depth']}, {d['sampling']}: {d['tok_per_s']:.0f} tok/s "
+            f"{name} ({mode}) depth {d['depth']}, {d['sampling']}: {d['tok_per_s']:.0f} tok/s "
             f"({us['median']:.0f} us, "
             f"{us['low']:.0f} to {us['high']:.0f}), {rate:,.0f} GB/s of weights = "
             f"{rate / ceiling:.1%} of the ceiling",
@@ -249,6 +249,7 @@ def measure(
     runner.close()
     return {
         "model": name,
+        "products": mode,
         "recipe": options.recipe,
         "tuning": options.tuning,
         "weight_bytes": total,
@@ -264,8 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
+    parser.add_argument("--products", nargs="*", default=["dots", "tensor"])
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512])
     parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -279,7 +281,8 @@ def main() -> None:
     print(f"{device.name}: read ceiling {ceiling:,.0f} GB/s", flush=True)
     for name in options.models:
         decoder = synthetic(name, options.recipe, options.folder)
-        result["models"].append(measure(decoder, name, ceiling, options))
+        for mode in options.products:
+            result["models"].append(measure(decoder, name, mode, ceiling, options))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from headrace.cuda.device import Device, DeviceArray, array
-from headrace.cuda.launchers import GROUP, Activations, Matrix, padded, reorder
+from headrace.cuda.launchers import reorder
 from headrace.cuda.layout import TileLayout
+from headrace.cuda.products import GROUP, Activations, Matrix, padded
 from headrace.gguf.quants import dequantize
 from headrace.gguf.random_blocks import random_weights
 from headrace.gguf.types import QuantType

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import pytest
 
 from headrace.cuda import arguments as c
-from headrace.cuda import launchers
+from headrace.cuda import launchers, products
 from headrace.cuda.compile import Resources, Specialisation, resources
 from headrace.cuda.device import Launch, array
-from headrace.cuda.launchers import Activations, CacheShape, Matrix
+from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES, TileLayout
+from headrace.cuda.products import Activations, Matrix
 from headrace.gguf.types import QuantType as Q
 
 SHARED_KB = {"75": 64, "80": 163, "86": 99, "89": 99, "90a": 227, "100": 227, "120": 99}
@@ -47,7 +48,7 @@ def rows_of(k: int, rows: int = 8) -> Activations:
 def matvecs(device: PaperDevice) -> list[Launch]:
     def matvec(matrices, epilogue, rows=1, **how) -> Launch:
         x = rows_of(matrices[0].layout.k)
-        return launchers.matvec(device, matrices, x, epilogue, rows, **how)
+        return products.matvec(device, matrices, x, epilogue, rows, **how)
 
     llama, made = CacheShape(32, 8, 128, 128), []
     for qtype in Q:
@@ -74,7 +75,7 @@ def matmuls(device: PaperDevice) -> list[Launch]:
 
     def matmul(matrices, epilogue, rows, **how) -> Launch:
         x = rows_of(matrices[0].layout.k, 32)
-        return launchers.matmul(device, matrices, x, epilogue, rows, **how)
+        return products.matmul(device, matrices, x, epilogue, rows, **how)
 
     llama, made = CacheShape(32, 8, 128, 128), []
     made.extend(matmul([matrix(qtype, 1000, 2048)], c.Store(), 32, macros=LOGITS) for qtype in Q)
@@ -107,7 +108,10 @@ def others(device: PaperDevice) -> list[Launch]:
     vocabularies = (launchers.SampleShape(n) for n in (512, 128256, 262208))
     made.extend(launchers.sample(shape, c.Sample(), 1) for shape in vocabularies)
     made.append(launchers.read(device, 0, 1 << 20, 0))
-    return made
+    kinds = ("DOTS", "FMAS", "TENSORS") if device.arch >= 80 else ("DOTS", "FMAS")
+    made.extend(launchers.peak(device, 0, kind)[0] for kind in kinds)
+    made.append(launchers.quantise(1152, c.Quantise(), 1))
+    return made + [launchers.timed(launch, 0) for launch in made]
 
 
 @pytest.mark.parametrize("target", list(SHARED_KB))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import batches
+import numpy as np
 import pytest
 
 from headrace.cuda.device import Device
+from headrace.cuda.executor import Executor
 from headrace.cuda.runner import CUDARunner
 from headrace.gguf.reader import open_gguf
 from headrace.instrument import InstrumentedRunner, Work, works
 from headrace.model.loader import load_decoder
 from headrace.model.operations import Head
+from headrace.profile.layer import profile_layer
+from headrace.profile.record import Level
 from headrace.synth import write_synthetic
 
 TOKENS = [5, 9, 301, 44, 17]
@@ -50,3 +54,27 @@ def test_timed_steps_are_steps(device: Device, tmp_path: Path, shape: str) -> No
     decoded = batches.one_sequence([wanted], 5, [0])
     assert step(True, decoded) == int(runner.step(decoded)[0].argmax())
     runner.close()
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_a_layer_timed_is_the_layer(device: Device, tmp_path: Path, tensor_cores: bool) -> None:
+    write_synthetic(tmp_path / "m.gguf", "llama-tiny", "Q4_K_M")
+    executor = Executor(
+        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8, tensor_cores=tensor_cores
+    )
+    executor.allocate_cache(1)
+    executor.bring(batches.one_sequence([0] * 4))
+    x = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
+    wanted = executor.download(executor.layer(executor.upload(x), 1))
+    group = profile_layer(executor, x, 1, repetitions=3)
+    again = executor.lowering.arena["x values"]
+    np.testing.assert_array_equal(executor.download(again)[:4], wanted)
+    assert [record.level for record in group.records] == [
+        Level.MACRO, Level.MIDI, Level.MACRO, Level.MACRO, Level.MACRO,
+    ]  # fmt: skip
+    assert group.seconds.count == 3
+    assert group.seconds.min > 0
+    weights = [t for name, t in executor.decoder.weights.items() if name.startswith("blk.1.")]
+    assert group.cost.weight_bytes == sum(tensor.n_bytes for tensor in weights)
+    assert group.cost.flops > 2 * 4 * sum(t.n_rows * t.k for t in weights if t.n_rows > 1)
+    executor.close()

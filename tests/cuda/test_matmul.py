@@ -23,8 +23,8 @@ from device_memory import (
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
-from headrace.cuda.launchers import matmul
 from headrace.cuda.layout import tile_block
+from headrace.cuda.products import matmul
 from headrace.errors import DeviceError
 from headrace.gguf.types import QuantType
 

@@ -23,8 +23,8 @@ from device_memory import (
 
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
-from headrace.cuda.launchers import Tuning, matvec
 from headrace.cuda.layout import FLOAT_TYPES, tile_block
+from headrace.cuda.products import Tuning, matvec
 from headrace.gguf.types import QuantType
 
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
@@ -239,4 +239,4 @@ def test_the_order_of_threads_does_not_matter() -> None:
 
 def test_the_argument_structs_have_no_hidden_padding() -> None:
     assert ctypes.sizeof(c.Cache) == 48
-    assert ctypes.sizeof(c.matvec_arguments(c.Store())) == 24 + 24 + 32 + 8 + 8 + 8
+    assert ctypes.sizeof(c.matvec_arguments(c.Store())) == 24 + 24 + 40 + 8 + 8 + 8

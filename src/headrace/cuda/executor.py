@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from headrace.backend import Batch
 from headrace.cuda import arguments as c
-from headrace.cuda import launchers
+from headrace.cuda import launchers, products
 from headrace.cuda.cache import Cache
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
-from headrace.cuda.launchers import Activations, Matrix, Tuning
-from headrace.cuda.lowering import ACTIVATIONS, PLAIN, Lowering, Step
+from headrace.cuda.lowering import ACTIVATIONS, Lowering, Step
+from headrace.cuda.products import PLAIN, Activations, Matrix, Tuning
+from headrace.cuda.stamps import Stamps, parts_of
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
+from headrace.instrument import Formats, Part, Span
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Activation,
@@ -38,6 +40,12 @@ from headrace.model.operations import (
 )
 
 FLOAT = np.dtype(np.float32)
+_INT8_BYTES = 1.5
+"""An int8, and its sixteenth of the eight bytes that go with sixteen."""
+
+_MOST_KERNELS = 16
+"""Of one layer."""
+
 T = TypeVar("T", bound=Operation)
 
 
@@ -102,8 +110,9 @@ class Executor:
         self.ticket = 0
         """Counts the batches brought: whoever brought the last one owns the inputs."""
         self._layers = _by_layer(decoder)
-        self._rows = 0
-        self._longest = 1
+        self.batch: Batch | None = None
+        """The rows brought last."""
+        self._stamps: Stamps | None = None
         self._ran: list[Launch] = []
         self._closed = False
         try:
@@ -125,6 +134,7 @@ class Executor:
 
     def drop_cache(self) -> None:
         self.ticket += 1
+        self.batch = None
         if self.cache is not None:
             self.device.synchronise()
             self.cache.close()
@@ -181,16 +191,25 @@ class Executor:
             return
         self._closed = True
         self.drop_cache()
+        if self._stamps is not None:
+            self._stamps.close()
         self.lowering.arena.free(self.device)
         self.weights.close(self.device)
         self.device.close()
+
+    @property
+    def formats(self) -> Formats:
+        """Bytes of an activation as a matmul reads it, and of a cached value."""
+        if self.lowering.tensor_cores:
+            return Formats(quantised=2.0, cached=2.0)
+        return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=2.0)
 
     # Rows
 
     def bring(self, batch: Batch, n_columns: int | None = None) -> int:
         """The rows that attention, cache writes and whole layers are about; returns a ticket."""
         self.require_cache().bring(batch, self.decoder.config.n_vocab, n_columns)
-        self._rows, self._longest = len(batch.tokens), int(batch.positions.max()) + 1
+        self.batch = batch
         self.ticket += 1
         return self.ticket
 
@@ -202,9 +221,10 @@ class Executor:
         self._ran = list(launches)
 
     def _step(self) -> Step:
-        if not self._rows:
+        if self.batch is None:
             raise DeviceError("no rows yet: call bring with their positions and pages first")
-        return Step(self._rows, 1 << (self._longest - 1).bit_length(), ())
+        longest = 1 << int(self.batch.positions.max()).bit_length()
+        return Step(len(self.batch.tokens), longest, ())
 
     # The operations
 
@@ -293,15 +313,35 @@ class Executor:
         """A whole layer over the rows brought: norm, q/k/v, rotary, cache, attention, output,
         residual, norm, feed-forward, residual. x: the residual stream, float32 [rows, d]; so is
         what it returns, which the next layer takes."""
+        begin, step = self._begin_layer(x, layer), self._step()
+        launches = [one for op in self._layers[layer] for one in self.lowering.lower(op, step)]
+        self.run([begin, *launches])
+        return DeviceArray(self.lowering.arena["x values"].address, x.shape, FLOAT)
+
+    def time_layer(self, x: DeviceArray, layer: int) -> list[Span]:
+        """:meth:`layer`, instrumented: what each kernel took, by the device's clock. Waits for it.
+        ``headrace.profile.layer`` makes records of it. x is not kept: give it anew each time."""
+        begin, step = self._begin_layer(x, layer), self._step()
+        launches: list[Launch] = []
+        parts: list[Part] = []
+        for op in self._layers[layer]:
+            made = list(self.lowering.lower(op, step))
+            launches += made
+            parts += parts_of(self.decoder.operations.index(op), op, made)
+        if self._stamps is None:
+            self._stamps = Stamps(self.device, _MOST_KERNELS)
+        self._stamps.clear()
+        self.run([begin, *self._stamps.timed(launches)])
+        return self._stamps.spans(parts)
+
+    # How they are put together
+
+    def _begin_layer(self, x: DeviceArray, layer: int) -> Launch:
         step, d = self._step(), self.decoder.config.d_model
         self._require_shape(x, step.n_rows, d)
         gain = self.weights.vector(self._operation(layer, ProjectQKV).norm.weight)
-        begin = c.Quantise(x.address, gain, self.lowering.activations("x").at(0))
-        launches = [one for op in self._layers[layer] for one in self.lowering.lower(op, step)]
-        self.run([launchers.quantise(d, begin, step.n_rows), *launches])
-        return DeviceArray(self.lowering.arena["x values"].address, x.shape, FLOAT)
-
-    # How they are put together
+        arguments = c.Quantise(x.address, gain, self.lowering.activations("x").at(0))
+        return launchers.quantise(d, arguments, step.n_rows)
 
     def _floats(self, wanted: bool | None) -> bool:
         return self.lowering.floats if wanted is None else wanted
@@ -350,7 +390,7 @@ class Executor:
         floats: bool | None,
         macros: dict[str, object],
     ) -> Launch:
-        return launchers.matvec(
+        return products.matvec(
             self.device, matrices, source, epilogue, x.shape[0],
             floats=self._floats(floats), macros=macros, tuning=self.lowering.tuning,
         )  # fmt: skip

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from headrace.cuda import arguments as c
-from headrace.cuda import launchers
+from headrace.cuda import launchers, products
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
-from headrace.cuda.launchers import GROUP, Activations, CacheShape, Matrix, Tuning, padded
+from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES
+from headrace.cuda.products import GROUP, PLAIN, Activations, Matrix, Tuning, padded
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
@@ -29,9 +30,6 @@ from headrace.model.operations import (
     ProjectOut,
     ProjectQKV,
 )
-
-PLAIN: dict[str, object] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
-"""A product that is only stored."""
 
 ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 
@@ -267,11 +265,11 @@ class Lowering:
         """``W x`` of the activations ``source``, with the norm before it."""
         x, eps = self.activations(source), norm.eps if norm else None
         if self.tensor_cores:
-            return launchers.matmul(
+            return products.matmul(
                 self.device, matrices, x, epilogue, n_rows,
                 first_row=first_row, norm_eps=eps, macros=macros,
             )  # fmt: skip
-        return launchers.matvec(
+        return products.matvec(
             self.device, matrices, x, epilogue, n_rows, first_row=first_row, norm_eps=eps,
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
             macros=macros, tuning=self.tuning,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from headrace.backend import PAGE_SIZE
 from headrace.cuda import cache, sampling
 from headrace.cuda.device import Device
-from headrace.cuda.launchers import SampleShape, Tuning
+from headrace.cuda.launchers import SampleShape
 from headrace.cuda.lowering import Lowering
+from headrace.cuda.products import Tuning
 from headrace.cuda.runner import MAX_ROWS
 from headrace.cuda.weights import STAGING_BYTES, WeightIndex
 from headrace.model.decoder import Decoder

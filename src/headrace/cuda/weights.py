@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device
-from headrace.cuda.launchers import Matrix, reorder
+from headrace.cuda.launchers import reorder
 from headrace.cuda.layout import PADDED_ROWS, TileLayout, rotary_rows
+from headrace.cuda.products import Matrix
 from headrace.errors import ModelError
 from headrace.gguf.quants import dequantize
 from headrace.gguf.types import Tensor

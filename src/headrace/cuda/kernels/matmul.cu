@@ -236,9 +236,10 @@ KERNEL(WARPS * 32, 1) matmul(ARGS(MatmulArgs, a)) {
   u64* const barriers = (u64*)((u8*)partial + PARTIAL_BYTES);
   float* const inverse = (float*)((u8*)barriers + BARRIER_BYTES);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, line = lane >> 2, quad = lane & 3;
-  const int first_row = blockIdx.y * ROWS, rows = min(ROWS, a.n_rows - first_row);
-  const int units = UNITS > (int)blockIdx.x ? (UNITS - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0, steps = units * SLICES;
-  auto unit_of = [&](int step) { return (int)blockIdx.x + step / SLICES * (int)gridDim.x; };
+  // Blocks side by side have the same rows of W, and other rows of x: they share what L2 holds.
+  const int first_row = blockIdx.x * ROWS, rows = min(ROWS, a.n_rows - first_row), first_unit = blockIdx.y, stride = gridDim.y;
+  const int units = UNITS > first_unit ? (UNITS - 1 - first_unit) / stride + 1 : 0, steps = units * SLICES;
+  auto unit_of = [&](int step) { return first_unit + step / SLICES * stride; };
 #if ARCH >= 90
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) barrier_init(&barriers[s], 1);

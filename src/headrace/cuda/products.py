@@ -1,0 +1,293 @@
+"""The two kernels that multiply by a matrix: their launchers, contracts and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_void_p
+from dataclasses import dataclass
+
+from headrace.cuda import arguments as c
+from headrace.cuda.compile import Specialisation
+from headrace.cuda.device import Device, DeviceArray, Launch
+from headrace.cuda.layout import FLOAT_TYPES, PADDED_ROWS, TILE_COLUMNS, TILE_ROWS, TileLayout
+from headrace.errors import DeviceError
+
+GROUP = 16
+"""Columns of activations that are stored together."""
+_PARTIAL_LIMIT = 48 << 10
+"""Shared memory for the row sums of one pass, at most: more rows take more passes."""
+
+PLAIN: dict[str, object] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
+"""Macros of a product that is only stored."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix on the device, in tiles; ``bias`` is an address (0: none)."""
+
+    address: int
+    layout: TileLayout
+    bias: int = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows ``[rows, width]`` in the forms that readers want (kernels/activations.cuh): floats, int8
+    groups with their scales, bfloat16 (``brain``); and the sums of squares of each 16."""
+
+    width: int
+    rows: int
+    values: DeviceArray | None
+    quants: DeviceArray | None
+    scales: DeviceArray | None
+    squares: DeviceArray | None
+    brain: DeviceArray | None = None
+
+    def at(self, row: int) -> c.Rows:
+        """The C struct of the rows from ``row`` on."""
+
+        def address(array: DeviceArray | None) -> int:
+            return array.row(row) if array else 0
+
+        parts = (self.values, self.quants, self.scales, self.squares, self.brain)
+        return c.Rows(*map(address, parts))
+
+
+def padded(k: int) -> int:
+    return -(-k // 512) * 512
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a matvec is cut. The defaults were best on an H100-class GPU; see docs/decisions."""
+
+    warps: int = 16
+    stages: int = 2
+    exclusive: bool = True
+    """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
+    two, the kernels of a chain of programmatic launches get in each other's way."""
+
+
+@dataclass(frozen=True)
+class MatvecShape:
+    rows: int
+    warps: int
+    stages: int
+    pass_units: int
+    grid: int
+    shared_bytes: int
+
+
+def matvec_shape(
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, unit_rows: int,
+    floats: bool, tuning: Tuning,
+) -> MatvecShape:  # fmt: skip
+    """The variant that fits the shared memory: most warps first, then rows, then stages."""
+    k = matrices[0].layout.k
+    stage = max(m.layout.max_tile_bytes for m in matrices)
+    padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
+    units = (padded_rows[0] if paired else sum(padded_rows)) // unit_rows
+    grid = min(device.sm_count, units)
+    # Code for several types holds too many registers for eight rows.
+    most = 8 if len({m.layout.qtype for m in matrices}) == 1 else 4
+    at_once = 1 if floats else min(most, 1 << (rows - 1).bit_length())
+    unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
+    options = (
+        (w, s, r) for w in (32, 24, 16, 12, 8, 4, 2, 1) for r in (8, 4, 2, 1) for s in (4, 3, 2, 1)
+    )
+    for warps, stages, r in options:
+        if warps > tuning.warps or stages > tuning.stages or r > at_once:
+            continue
+        # A block's share can exceed the average by one unit, of the cheapest matrix by more.
+        pass_units = max(1, min(_PARTIAL_LIMIT // (unit_bytes * r), -(-units // grid) + 1))
+        x_bytes = r * k * 4 if floats else r * padded(k) // GROUP * 24
+        barriers = -(-warps * stages * 8 // 16) * 16
+        shared = warps * stages * stage + barriers + x_bytes + r * pass_units * unit_bytes + r * 4
+        if shared <= device.shared_limit:
+            if tuning.exclusive and device.arch >= 90:
+                shared = max(shared, device.shared_limit // 2 + 2048)
+            return MatvecShape(r, warps, stages, pass_units, grid, shared)
+    raise DeviceError(
+        f"no matvec variant for K = {k} fits {device.shared_limit:,} bytes of shared memory"
+    )
+
+
+def matvec(
+    device: Device,
+    matrices: Sequence[Matrix],
+    x: Activations,
+    epilogue: c.Epilogue,
+    n_rows: int,
+    *,
+    first_row: int = 0,
+    norm_eps: float | None = None,
+    in_gain: int = 0,
+    floats: bool = False,
+    macros: dict[str, object] | None = None,
+    tuning: Tuning = Tuning(),
+) -> Launch:
+    """``y = W x`` for one to three matrices over rows ``first_row …`` of x.
+
+    ``norm_eps``: x was stored times the norm's weight, with its squares; divide by its RMS.
+    ``floats``: read x's float values (times ``in_gain`` if there is a norm), not its int8 groups.
+    """
+    paired = isinstance(epilogue, c.Product)
+    quantises = isinstance(epilogue, c.Product | c.Residual)
+    k = matrices[0].layout.k
+    floats = floats or any(m.layout.qtype in FLOAT_TYPES for m in matrices)
+    require(
+        1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
+        "one to three matrices, or a pair",
+    )
+    require(all(m.layout.k == k for m in matrices), "matrices that share x have the same K")
+    require(x.width == k, f"x has {x.width} columns, the matrix {k}")
+    require(n_rows > 0 and first_row + n_rows <= x.rows, f"rows {first_row} + {n_rows} of {x.rows}")
+    require(all(m.address % 16 == 0 for m in matrices), "matrices lie on 16-byte boundaries")
+    require(
+        not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
+    )
+    require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
+    require(not floats or x.values is not None, "float activations need x's values")
+    unit_rows = PADDED_ROWS if quantises else TILE_ROWS
+    shape = matvec_shape(
+        device, matrices, n_rows, paired=paired, unit_rows=unit_rows, floats=floats, tuning=tuning
+    )
+    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
+    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
+    constants: dict[str, object] = {
+        "K": k,
+        **{f"TYPE{i}": types[i] for i in range(3)},
+        **{f"N{i}": sizes[i] for i in range(3)},
+        "PAIRED": paired,
+        "UNIT_ROWS": unit_rows,
+        "ROWS": shape.rows,
+        "FLOAT_ACTIVATIONS": floats,
+        "NORM": norm_eps is not None,
+        "EPS": float(norm_eps or 0.0),
+        "EPILOGUE": c.EPILOGUES[type(epilogue)],
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "PASS_UNITS": shape.pass_units,
+        "GRID": shape.grid,
+        **(macros or {}),
+    }
+    written = getattr(epilogue, "x", None) or getattr(epilogue, "hidden", None)
+    if written is not None:
+        constants |= brain(written)
+    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
+    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
+    arguments = c.matvec_arguments(epilogue)(
+        (c_void_p * 3)(*addresses),
+        (c_void_p * 3)(*biases),
+        x.at(first_row),
+        in_gain,
+        epilogue,
+        n_rows,
+    )
+    grid = (shape.grid, -(-n_rows // shape.rows), 1)
+    return Launch(
+        Specialisation.of("matvec", constants),
+        grid,
+        shape.warps * 32,
+        shape.shared_bytes,
+        arguments,
+    )
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    rows: int
+    warps: int
+    stages: int
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+
+def matmul_shape(
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
+) -> MatmulShape:
+    """As many rows of x at once as there are and fit; then two stages; then more rows of W."""
+    tile = -(-max(m.layout.max_tile_bytes for m in matrices) // 128) * 128
+    wanted = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    options = (
+        (r, stages, warps)
+        for stages in (2, 1)
+        for r in (32, 16, 8)
+        for warps in (16, 8, 4)
+        if r <= wanted and not (paired and warps == 4)
+    )
+    total = sum(m.layout.groups // 4 for m in matrices)
+    for r, stages, warps in options:
+        m_tiles = warps // 4
+        if m_tiles > 1 + paired and total // m_tiles < 0.9 * device.sm_count:
+            continue  # few rows of W: a share for every multiprocessor comes first
+        shared = stages * (4 * m_tiles * tile + r * TILE_COLUMNS * 2)
+        shared += 4 * r * m_tiles * 16 * 4 + -(-stages * 8 // 16) * 16 + r * 4
+        if shared <= device.shared_limit:
+            at_once = max(1, min(device.shared_limit // shared, 64 // warps))
+            row_groups = -(-rows // r)
+            blocks = min(-(-total // m_tiles), -(-device.sm_count * at_once // row_groups))
+            return MatmulShape(r, warps, stages, (row_groups, blocks, 1), shared)
+    raise DeviceError(f"no matmul variant fits {device.shared_limit:,} bytes of shared memory")
+
+
+def matmul(
+    device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
+    *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
+) -> Launch:  # fmt: skip
+    """As :func:`matvec`, on tensor cores from bfloat16 activations."""
+    paired = isinstance(epilogue, c.Product)
+    k = matrices[0].layout.k
+    require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
+    require(
+        1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
+        "one to three matrices, or a pair",
+    )
+    require(all(m.layout.k == k for m in matrices), "matrices that share x have the same K")
+    require(x.width == k, f"x has {x.width} columns, the matrix {k}")
+    require(n_rows > 0 and first_row + n_rows <= x.rows, f"rows {first_row} + {n_rows} of {x.rows}")
+    require(all(m.address % 16 == 0 for m in matrices), "matrices lie on 16-byte boundaries")
+    require(
+        not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
+    )
+    require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
+    require(x.brain is not None, "tensor cores read bfloat16")
+    shape = matmul_shape(device, matrices, n_rows, paired=paired)
+    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
+    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
+    constants: dict[str, object] = {
+        "K": k,
+        **{f"TYPE{i}": types[i] for i in range(3)},
+        **{f"N{i}": sizes[i] for i in range(3)},
+        "PAIRED": paired,
+        "ROWS": shape.rows,
+        "NORM": norm_eps is not None,
+        "EPS": float(norm_eps or 0.0),
+        "EPILOGUE": c.EPILOGUES[type(epilogue)],
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "BRAIN": True,
+        **(macros or {}),
+    }
+    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
+    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
+    arguments = c.matmul_arguments(epilogue)(
+        (c_void_p * 3)(*addresses), (c_void_p * 3)(*biases), x.at(first_row), epilogue, n_rows
+    )
+    return Launch(
+        Specialisation.of("matmul", constants),
+        shape.grid,
+        shape.warps * 32,
+        shape.shared_bytes,
+        arguments,
+    )
+
+
+def brain(rows: c.Rows) -> dict[str, object]:
+    """Activations are written as bfloat16 where there is a place for them."""
+    return {"BRAIN": True} if rows.brain else {}
+
+
+def require(condition: bool, contract: str) -> None:
+    if not condition:
+        raise DeviceError(f"launch contract broken: {contract}")
