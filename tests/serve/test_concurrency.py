@@ -201,8 +201,8 @@ def test_http_costs_little_of_the_engine_s_speed(server: Server, smollm2_path: P
         assert reaches(attempt, pid)
     loop = cpu_seconds(pid, thread=pid) - loop_started
     engine = cpu_seconds(pid) - started - loop
-    print(f"the engine stepped {100 * max(shares):.0f}% of the time")
-    assert max(shares) > 0.9  # a clock on both sides: a busy machine slows both
+    print(f"the engine stepped {100 * statistics.median(shares):.0f}% of the time")
+    assert statistics.median(shares) > 0.9  # a clock on both sides: a busy machine slows both
     print(f"CPU time of the event loop: {100 * loop / engine:.1f}% of the engine's")
     assert loop < 0.2 * engine
 

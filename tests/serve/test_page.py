@@ -163,7 +163,7 @@ DRAWN = (
     "<p>Some <strong>bold</strong> and <code>co*d*e &lt;b&gt;</code>, 2 * 3 * 4, snake_case_name,\n"
     "&lt;b&gt;no tag&lt;/b&gt;, **open</p>"
     "<ul><li>one</li><li>two</li><li>three</li><li>second\nand more</li></ul>"
-    '<figure><pre><code>if a &lt; b:\n\n    print("**")</code></pre></figure>'
+    '<figure><pre><code>if a &lt; b:\n\n    print("**&lt;b&gt;")</code></pre></figure>'
     "<p>[link](https://evil.example) ![x](https://evil.example/x.png)</p>"
     "<figure><pre><code>cut</code></pre></figure>"
 )
