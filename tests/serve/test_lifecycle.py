@@ -24,10 +24,12 @@ def tiny(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Two completions run at once, slowly; eight may wait."""
     log = tmp_path_factory.mktemp("tiny") / "log"
     options = ("--max-sequences", "2", "--max-waiting", "8", "--write-timeout", "1")
-    server = Server(log, str(tiny_path), "--name", "tiny", *options, device=SLOW).wait_ready()
-    yield server
-    server.check_pages()
-    assert server.stop() == 0
+    server = Server(log, str(tiny_path), "--name", "tiny", *options, device=SLOW)
+    try:
+        yield server.wait_ready()
+        server.check_pages()
+    finally:
+        assert server.stop() == 0
 
 
 def request(**fields) -> bytes:
