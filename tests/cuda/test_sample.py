@@ -99,9 +99,12 @@ def test_of_equal_logits_the_lowest_ids_are_kept(device: Device, how: dict) -> N
 
 def test_penalties_and_bias_look_at_the_history(device: Device) -> None:
     rng = np.random.default_rng(5)
-    logits = random_logits(rng, 5)
+    logits = random_logits(rng, 7)
     top = np.argsort(-logits, axis=1)[:, :6]
     histories = [[*top[i, :4].tolist(), 17, *top[i, 2:5].tolist()] * 2 for i in range(5)]
+    # Each of these chooses another token if it looks at what it should not.
+    histories.append([9, 9, 9, 9, 9, int(top[5, 0]), 17, 18, 19])  # beyond the last two
+    histories.append([int(top[6, 0]), 9, 9, 9, 9, 17, 18])  # of the prompt
     wanted = [
         SamplingParams(repetition_penalty=1.7, repeat_last_n=-1),
         SamplingParams(repetition_penalty=0.6, repeat_last_n=3, temperature=0.0),
@@ -109,6 +112,12 @@ def test_penalties_and_bias_look_at_the_history(device: Device) -> None:
         SamplingParams(frequency_penalty=-0.9, logit_bias={int(top[3, 0]): -100.0, 4999: 7.5}),
         SamplingParams(
             repetition_penalty=1.2, presence_penalty=-0.5, logit_bias={int(top[4, 1]): 2.0}
+        ),
+        SamplingParams(
+            temperature=0.0, repetition_penalty=50.0, repeat_last_n=2, presence_penalty=0.01
+        ),
+        SamplingParams(
+            temperature=0.0, repetition_penalty=1.0001, repeat_last_n=-1, presence_penalty=2.0
         ),
     ]
     rows = [row(params, 40 + i, histories[i], n_prompt=5) for i, params in enumerate(wanted)]

@@ -295,10 +295,7 @@ KERNEL(WARPS * 32, 1) matmul(ARGS(MatmulArgs, a)) {
 #if ARCH >= 80
     else copy_commit();
 #endif
-    if (slice == SLICES - 1) {
-      finish(a, partial, inverse, unit, first_row, rows);
-      if (step + 1 < steps) sync_block();
-    }
+    if (slice == SLICES - 1) finish(a, partial, inverse, unit, first_row, rows);
   }
 }
 HOST_ENTRY(matmul, MatmulArgs)
