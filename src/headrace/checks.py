@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch
 from headrace.errors import DeviceError, DeviceMemoryError
@@ -15,21 +16,34 @@ def check_batch(batch: Batch, n_vocab: int, n_pages: int) -> None:
     n_rows = len(batch.tokens)
     if not n_rows == len(batch.positions) == len(batch.slots) > 0:
         raise DeviceError("step: tokens, positions and slots must have one length, above 0")
-    if batch.tokens.min() < 0 or batch.tokens.max() >= n_vocab:
+    low, high = _bounds(batch.tokens)
+    if low < 0 or high >= n_vocab:
         raise DeviceError(f"step: token ids must be in 0 … {n_vocab - 1}")
     n_slots, max_pages = batch.page_table.shape
-    page_index = batch.positions // PAGE_SIZE
-    if batch.slots.min() < 0 or batch.slots.max() >= n_slots:
+    low, high = _bounds(batch.slots)
+    if low < 0 or high >= n_slots:
         raise DeviceError(f"step: slots must be in 0 … {n_slots - 1}")
-    if page_index.min() < 0 or page_index.max() >= max_pages:
+    low, high = _bounds(batch.positions)
+    if low < 0 or high >= max_pages * PAGE_SIZE:
         raise DeviceError(f"step: positions must be in 0 … {max_pages * PAGE_SIZE - 1}")
     wanted = batch.logit_rows
-    if len(wanted) and (wanted.min() < 0 or wanted.max() >= n_rows):
-        raise DeviceError(f"step: logit_rows must be in 0 … {n_rows - 1}")
-    for slot in np.unique(batch.slots):
-        used = batch.page_table[slot, : page_index[batch.slots == slot].max() + 1]
+    if len(wanted):
+        low, last = _bounds(wanted)
+        if low < 0 or last >= n_rows:
+            raise DeviceError(f"step: logit_rows must be in 0 … {n_rows - 1}")
+    for slot in np.unique(batch.slots) if n_rows > 1 else batch.slots:
+        if n_rows > 1:
+            high = int(batch.positions[batch.slots == slot].max())
+        used = batch.page_table[slot, : high // PAGE_SIZE + 1]
         if used.min() < 0 or used.max() >= n_pages:
             raise DeviceError(f"step: slot {slot} uses a page outside 0 … {n_pages - 1}")
+
+
+def _bounds(values: NDArray[np.int32]) -> tuple[int, int]:
+    """The least and the greatest; decoding has one, and no time for a reduction."""
+    if len(values) == 1:
+        return int(values[0]), int(values[0])
+    return int(values.min()), int(values.max())
 
 
 def check_copy(source: int, target: int, n_pages: int) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from headrace.backend import PAGE_SIZE, Batch
 from headrace.checks import check_batch, check_cache_memory, check_copy
 from headrace.cpu import isa, matmul
+from headrace.cpu.angles import Angles
 from headrace.cpu.attention import SCORES, VALUES
 from headrace.cpu.compile import attention_library, step_library
 from headrace.cpu.layout import (
@@ -59,7 +60,9 @@ class CPURunner:
         self._plan = Plan(decoder, self._isa, MAX_ROWS, self._n_threads)
         self._attention = attention_library(self._isa)
         self._take_part = step_library().function("take_part", 5)
-        self._inv_freq = [self._inverse_frequencies(rope) for rope in self._plan.ropes]
+        ropes = self._plan.ropes
+        self._angles = Angles(ropes, [self._inverse_frequencies(rope) for rope in ropes])
+        self._n_rows = 0  # of the last pass
         embed = next(o for o in decoder.operations if isinstance(o, Embed))
         self._embedding, self._embedding_scale = decoder.weights[embed.weight], embed.scale
         self._head = next(o for o in decoder.operations if isinstance(o, Head))
@@ -163,12 +166,12 @@ class CPURunner:
         x = dequantize(self._embedding.data[tokens], self._embedding.qtype)
         buffers.x[: n * d] = (x * np.float32(self._embedding_scale)).reshape(-1)
         arrays["positions"][:n] = positions
-        arrays["pages"][:n, : batch.page_table.shape[1]] = batch.page_table[slots]
-        for i, (rope, frequencies) in enumerate(zip(self._plan.ropes, self._inv_freq, strict=True)):
-            angles = positions[:, None] * frequencies
-            half = rope.dim // 2
-            buffers.cos[i, :n, :half] = rope.magnitude * np.cos(angles)
-            buffers.sin[i, :n, :half] = rope.magnitude * np.sin(angles)
+        table = batch.page_table
+        arrays["pages"][:n, : table.shape[1]] = table[slots if n > 1 else slots[0]]
+        self._angles.fill(positions, buffers.cos, buffers.sin)
+        if n == self._n_rows == 1:  # a token after a token: the rest is as it was
+            return
+        self._n_rows = n
         blocks = _attention_blocks(slots)
         arrays["blocks"][: len(blocks)] = blocks
         self._context["n_rows"], self._context["n_blocks"] = n, len(blocks)
