@@ -205,13 +205,17 @@ def test_an_answer_that_takes_too_long(start: Callable[..., Server]) -> None:
     server.check_pages()
 
 
-def test_sigterm_lets_streams_end(start: Callable[..., Server]) -> None:
+def test_sigterm_lets_streams_end_and_begins_nothing_new(start: Callable[..., Server]) -> None:
     server = start(device=SLOW)
+    late = server.connect(request()[:-1])  # its last byte comes after the signal
     body = LONG | {"stream": True, "max_tokens": 300}
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
+    with late, server.client.stream("POST", "/v1/completions", json=body) as response:
         stream = events(response)
         next(stream)
         server.process.send_signal(signal.SIGTERM)
+        server._await(lambda: any(r["event"] == "draining" for r in server.records()))
+        late.sendall(b"}")
+        assert late.recv(1000).startswith(b"HTTP/1.1 503")
         *_, last, done = stream
     assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
     assert server.stop() == 0
