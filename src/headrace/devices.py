@@ -28,8 +28,8 @@ def choose_device(device: str, threads: int | None = None) -> str:
         return "cuda"
     if device not in DEVICES:
         raise DeviceError(f"unknown device {device!r}: use 'auto', {', '.join(map(repr, DEVICES))}")
-    if device != "cpu" and threads is not None:
-        raise DeviceError(f"threads are the CPU's: leave them out with the device {device!r}")
+    if device == "cuda" and threads is not None:
+        raise DeviceError("threads are the CPU's: leave them out with the device 'cuda'")
     return device
 
 

@@ -140,14 +140,21 @@ def load(
     threads: int | None = None,
     chat: bool = False,
 ) -> Model:
-    """:func:`headrace.load` with its progress on stderr."""
+    """:func:`headrace.load` for one conversation, with its progress on stderr."""
     path = resolve(name)
     status(f"loading {name} (the first run compiles kernels)")
     import headrace
 
-    model = headrace.load(path, device, context=context, threads=threads, chat=chat)
+    model = headrace.load(
+        path, device, context=context, threads=threads, chat=chat, max_sequences=1
+    )
     status.clear()
     return model
+
+
+def device_work(model: Model) -> dict[str, object]:
+    """What a GPU was asked to do, for ``--json``; nothing on a CPU."""
+    return {} if model.counters is None else {"device_work": model.counters}
 
 
 def write(stream: Iterable[str], status: Status) -> None:

@@ -63,7 +63,7 @@ def run(
         status("reading the prompt (the first run compiles kernels)")
         if as_json:
             done = stream.run()
-            print(json.dumps(_as_json(model, done)))
+            print(json.dumps(_as_json(model, done) | console.device_work(loaded)))
         else:
             console.write(stream, status)
             if not quiet:
