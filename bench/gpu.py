@@ -35,7 +35,7 @@ from headrace.model.loader import load_decoder
 from headrace.sampling import SamplingParams
 from headrace.synth import write_synthetic
 
-REPEATS = 15
+REPEATS = 10
 
 
 def summary(samples: list[float]) -> dict[str, float]:
