@@ -142,11 +142,13 @@ def equal_texts(url: str, n: int, tokens: int, rng: random.Random) -> int:
 
 def slowest_probe(url: str, n: int, rng: random.Random) -> float:
     """Seconds of the slowest live probe while a prompt of ``n`` tokens is read."""
-    with httpx.Client(base_url=url, timeout=600) as client:
+    body = {"prompt": prompt(rng, n), "max_tokens": 1}
+    with (
+        httpx.Client(base_url=url, timeout=600) as client,
+        httpx.Client(base_url=url, timeout=600) as other,
+    ):
         client.get("/health/live")
-        body = {"prompt": prompt(rng, n), "max_tokens": 1}
-        reading = threading.Thread(target=lambda: httpx.post(f"{url}/v1/completions", json=body,
-                                                             timeout=600))  # fmt: skip
+        reading = threading.Thread(target=lambda: other.post("/v1/completions", json=body))
         reading.start()
         slowest = 0.0
         while reading.is_alive():
@@ -159,10 +161,11 @@ def slowest_probe(url: str, n: int, rng: random.Random) -> float:
 
 def first_token_seconds(url: str, ids: Sequence[int]) -> float:
     body = {"prompt": ids, "max_tokens": 1, "stream": True, "ignore_eos": True}
-    start = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
-        next(response.iter_bytes())
-        return time.perf_counter() - start
+    with httpx.Client(base_url=url, timeout=600) as client:
+        start = time.perf_counter()
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_bytes())
+            return time.perf_counter() - start
 
 
 def rounds(name: str, unit: str, n: int, pid: int, measure: Callable[[], float]) -> dict[str, Any]:

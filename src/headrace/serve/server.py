@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from types import FrameType
@@ -109,6 +110,11 @@ class _Server(uvicorn.Server):
 
     def _on_state(self) -> None:
         state = self._service.engine.state
+        if state == "ready":
+            # A full collection would pass through the vocabulary's objects now and then, and keep
+            # all threads waiting for 50 ms or more. They stay until the end.
+            gc.collect()
+            gc.freeze()
         logger.info(state)
         if state == "failed":
             self._service.end_all(unavailable("the engine has failed", "failed", 5))
