@@ -22,7 +22,7 @@ SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def main() -> None:
     readme = ROOT / "README.md"
-    sections = {"speed": speed, "accuracy": accuracy}
+    sections = {"speed": speed, "gpu": gpu, "accuracy": accuracy}
     text = SECTION.sub(
         lambda found: f"{found[1]}{sections[found[2]]()}{found[3]}", readme.read_text()
     )
@@ -102,6 +102,39 @@ def accuracy() -> str:
         "Against exact float32 arithmetic on the same dequantised weights: "
         f"`python bench/accuracy.py smollm2 gemma3:270m`\n\n{table(rows)}\n"
     )
+
+
+def gpu() -> str:
+    """Of each receipt ``bench/results/<device>/decode-*.json``: what bench/gpu.py measured."""
+    text = ""
+    for path in sorted(RESULTS.glob("*/decode-*.json")):
+        receipt = json.loads(path.read_text())
+        rows = [("model", "work", "tok/s", "share of the read ceiling")]
+        for model in receipt["models"]:
+            if model["products"] != "dots":
+                continue
+            rows += [
+                (f"{model['model']} {model['recipe']}", f"decode at depth {one['depth']:,}",
+                 f"{one['tok_per_s']:.0f}", f"{one['share_of_ceiling']:.0%}")
+                for one in model["decode"] if one["sampling"] == "greedy"
+            ]  # fmt: skip
+            rows += [
+                ("", f"{one['rows']} sequences", f"{one['tok_per_s']:.0f} in all", "")
+                for one in model["rows"]
+                if one["rows"] in (8, 32)
+            ]
+            rows += [
+                ("", f"prompt of {one['tokens']}", f"{one['tok_per_s']:.0f}", "")
+                for one in model["prefill"]
+            ]
+        command = re.sub(r" --(commit|json) \S+", "", receipt["command"])
+        ceiling = receipt["read_ceiling"]["gb_per_s"]
+        text += (
+            f"One {receipt['device']}, driver {receipt['driver']}, which reads {ceiling:,.0f} GB/s "
+            f"in the same run; random weights: `{command}` (commit {receipt['commit'][:7]})\n\n"
+            f"{table(rows)}\n"
+        )
+    return text
 
 
 def label(path: str) -> str:

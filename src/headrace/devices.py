@@ -56,23 +56,10 @@ def load_runner(
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        return _load_cuda(decoder, max_sequences)
+        from headrace.cuda.runner import MAX_ROWS, CUDARunner
+
+        return CUDARunner(decoder, max_rows=max(MAX_ROWS, max_sequences))
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
-
-
-def _load_cuda(decoder: Decoder, max_sequences: int) -> Runner:
-    """One sequence alone reads each weight once, in integer dots; of many, all rows share the read
-    on tensor cores. Which it is does not change while the runner lives: nor does any answer."""
-    from headrace.cuda.gpu import CUDADevice
-    from headrace.cuda.runner import MAX_ROWS, CUDARunner
-
-    gpu = CUDADevice()
-    return CUDARunner(
-        decoder,
-        gpu,
-        max_rows=max(MAX_ROWS, max_sequences),
-        tensor_cores=max_sequences > 1 and gpu.arch >= 80,
-    )
 
 
 def memory_plan(decoder: Decoder, device: str, context: int) -> list[tuple[str, int]]:

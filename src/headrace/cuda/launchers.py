@@ -193,7 +193,7 @@ def sample(shape: SampleShape, arguments: c.Sample, n_rows: int) -> Launch:
         "WARPS": warps,
     }
     chunk = -(-shape.subs // shape.blocks) * shape.sub
-    work = max(2 * 2048 * 4 + shape.subs * 4, shape.subs * 8, chunk * 8)
+    work = -(-max(2 * 2048 * 4 + shape.subs * 4, shape.subs * 8, chunk * 8) // 16) * 16
     scratch = (2 * warps + 4) * 8 + MAX_LOGPROBS * 8
     shared = work + -(-shape.subs * 2 // 16) * 16 + scratch
     grid = (shape.blocks, n_rows, 1)

@@ -94,7 +94,8 @@ def _cause(group: Group, ceilings: Ceilings) -> Cause:
 
 def _speed(group: Group, ceilings: Ceilings) -> str:
     reads, can = group.bytes_per_second / 1e9, ceilings.bytes_per_second / 1e9
-    return f"{reads:.3g} of the {can:.3g} GB/s this machine reads"
+    digits = 0 if can >= 100 else 1
+    return f"{reads:,.{digits}f} of the {can:,.{digits}f} GB/s this machine reads"
 
 
 def _at_the_roof(cause: Cause, group: Group, share: float, ceilings: Ceilings, unit: str) -> str:

@@ -92,12 +92,13 @@ function head() {
 // Roofline
 function roofline() {
   const svg = find("roofline"), width = svg.clientWidth || 600, narrow = width < 520;
-  const height = narrow ? 330 : Math.min(480, width * .6), left = 46, right = 12, top = 14, bottom = 40;
+  const height = narrow ? 330 : Math.min(480, width * .6), right = 12, top = 14, bottom = 40;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.replaceChildren();
   const dots = parts.filter(part => part.gflops_per_second > 0 && part.intensity > 0 && !part.host);
   const roofs = [...data.compute_gflops_per_second].sort((a, b) => b.gflops_per_second - a.gflops_per_second);
   const band = data.read_gb_per_second, highest = roofs[0].gflops_per_second, ridge = highest / band;
+  const left = highest > 2e5 ? 74 : 58;
   const low = Math.log10(Math.min(ridge / 30, ...dots.map(d => d.intensity)) * .6);
   const high = Math.log10(Math.max(ridge * 8, ...dots.map(d => d.intensity * 2)));
   const floor = Math.log10(Math.min(highest / 300, ...dots.map(d => d.gflops_per_second)) * .5), roof = Math.log10(highest * 2.2);
@@ -178,7 +179,7 @@ function strip() {
   svg.replaceChildren();
   const last = data.strip.at(-1);
   const end = last ? last[2] + last[3] : 1, x = us => us / end * width;
-  find("striptext").textContent = `The median ${unit} as it ran, ${time(end / 1e6)}: ${data.strip.length} parts, one after the other. Pale: threads waited for each other. Colours as above.`;
+  find("striptext").textContent = `The median ${unit} as it ran, ${time(end / 1e6)}: ${data.strip.length} parts, one after the other. Pale: ${data.threads == null ? "between kernels" : "threads waited for each other"}. Colours as above.`;
   const layers = new Map();
   for (const [place, layer, start, length, waiting] of data.strip) {
     const part = parts[place];

@@ -54,7 +54,7 @@ struct SampleArgs {
   STAMPS
 };
 
-constexpr int WORK_BYTES = larger(larger(2 * BINS * 4 + SUBS * 4, SUBS * 8), CHUNK * 8);
+constexpr int WORK_BYTES = (larger(larger(2 * BINS * 4 + SUBS * 4, SUBS * 8), CHUNK * 8) + 15) / 16 * 16;
 constexpr int LIST_BYTES = (SUBS * 2 + 15) / 16 * 16, SCRATCH_BYTES = (2 * WARPS + 4) * 8;
 constexpr int SHARED_BYTES = WORK_BYTES + LIST_BYTES + SCRATCH_BYTES + MAX_LOGPROBS * 8;
 
