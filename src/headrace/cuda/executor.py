@@ -11,7 +11,7 @@ table of what can be asked, and ``examples/executor.py`` asks it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from headrace.backend import Batch
 from headrace.cuda import arguments as c
-from headrace.cuda import launchers, products
+from headrace.cuda import launchers
 from headrace.cuda.cache import Cache
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
-from headrace.cuda.lowering import ACTIVATIONS, Lowering, Step
-from headrace.cuda.products import PLAIN, Activations, Matrix, Tuning
+from headrace.cuda.given import FLOAT, FeedForwardIndex, Given
+from headrace.cuda.lowering import Lowering, Step
+from headrace.cuda.products import Tuning
 from headrace.cuda.stamps import Stamps, parts_of
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
@@ -39,7 +40,6 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-FLOAT = np.dtype(np.float32)
 _INT8_BYTES = 1.5
 """An int8, and its sixteenth of the eight bytes that go with sixteen."""
 
@@ -47,18 +47,6 @@ _MOST_KERNELS = 16
 """Of one layer."""
 
 T = TypeVar("T", bound=Operation)
-
-
-@dataclass(frozen=True)
-class FeedForwardIndex:
-    """A layer's feed-forward weights, resolved at load: addresses, layouts and biases."""
-
-    gate: Matrix
-    up: Matrix
-    down: Matrix
-    activation: Activation
-    launches: dict[tuple[int, bool], list[Launch]] = field(default_factory=dict, compare=False)
-    """Made once for each (number of rows, float activations)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +98,7 @@ class Executor:
         self.ticket = 0
         """Counts the batches brought: whoever brought the last one owns the inputs."""
         self._layers = _by_layer(decoder)
+        self._given = Given(self.lowering)
         self.batch: Batch | None = None
         """The rows brought last."""
         self._stamps: Stamps | None = None
@@ -233,10 +222,8 @@ class Executor:
     ) -> DeviceArray:
         """``W x`` for the matrix of that GGML name. x float32 [rows, k] -> float32 [rows, n]."""
         matrix = self.weights.matrix(name)
-        begin, source = self._quantised(x, matrix.layout.k)
-        y = self._result(x.shape[0], matrix.layout.n)
-        store = self._matvec([matrix], source, c.Store(y.address), x, float_activations, PLAIN)
-        self.run([begin, store])
+        launches, y = self._given.product([matrix], x, self._floats(float_activations))
+        self.run(launches)
         return y
 
     def feed_forward_by_name(
@@ -255,8 +242,9 @@ class Executor:
         """
         matrix = self.weights.matrix
         index = FeedForwardIndex(matrix(gate), matrix(up), matrix(down), activation)
-        self.run(self._feed_forward(index, x, float_activations))
-        return self._result(x.shape[0], index.down.layout.n)
+        launches, y = self._given.feed_forward(index, x, self._floats(float_activations))
+        self.run(launches)
+        return y
 
     def feed_forward(
         self, x: DeviceArray, layer: int, *, float_activations: bool | None = None
@@ -264,15 +252,9 @@ class Executor:
         """The same of a layer, from :attr:`index`: a second call with as many rows looks nothing
         up by name, formats nothing and compiles nothing."""
         index = self._entry(layer)
-        key = x.shape[0], self._floats(float_activations)
-        launches = index.launches.get(key)
-        if launches is None:
-            launches = index.launches[key] = self._feed_forward(index, x, float_activations)
-        elif x.shape[1] != index.gate.layout.k:
-            raise DeviceError(f"rows of {x.shape[1]} values, {index.gate.layout.k} expected")
-        launches[0].arguments.source = x.address
+        launches, y = self._given.feed_forward(index, x, self._floats(float_activations))
         self.run(launches)
-        return self._result(x.shape[0], index.down.layout.n)
+        return y
 
     def run_feed_forward(
         self, x: NDArray[np.float32], layer: int, *, float_activations: bool | None = None
@@ -286,12 +268,9 @@ class Executor:
     ) -> DeviceArray:
         """q, k and v of rows x float32 [rows, d], with their biases, before norms and rotary:
         float32 [rows, (n_heads + 2 n_kv_heads) head_dim], as :meth:`attend` takes them."""
-        op = self._operation(layer, ProjectQKV)
-        matrices = self.lowering.qkv(op)
-        begin, source = self._quantised(x, op.q.k)
-        y = self._result(x.shape[0], sum(matrix.layout.n for matrix in matrices))
-        store = self._matvec(matrices, source, c.Store(y.address), x, float_activations, PLAIN)
-        self.run([begin, store])
+        matrices = self.lowering.qkv(self._operation(layer, ProjectQKV))
+        launches, y = self._given.product(matrices, x, self._floats(float_activations))
+        self.run(launches)
         return y
 
     def attend(self, qkv: DeviceArray, layer: int) -> DeviceArray:
@@ -366,51 +345,6 @@ class Executor:
     def _require_shape(self, x: DeviceArray, rows: int, width: int) -> None:
         if x.shape != (rows, width):
             raise DeviceError(f"an array of shape {x.shape} where {(rows, width)} is expected")
-
-    def _result(self, rows: int, width: int) -> DeviceArray:
-        name = "result" if width <= self.lowering.arena["result"].shape[1] else "logits"
-        return DeviceArray(self.lowering.arena[name].address, (rows, width), FLOAT)
-
-    def _quantised(self, x: DeviceArray, k: int) -> tuple[Launch, Activations]:
-        """x as a matvec reads it, and the launch that makes it so."""
-        if len(x.shape) != 2 or x.shape[1] != k or not 0 < x.shape[0] <= self.max_rows:
-            raise DeviceError(
-                f"rows of shape {x.shape} where [1 … {self.max_rows}, {k}] is expected"
-            )
-        given = self.lowering.activations("given", k)
-        arguments = c.Quantise(x.address, 0, given.at(0))
-        return launchers.quantise(k, arguments, x.shape[0]), given
-
-    def _matvec(
-        self,
-        matrices: Sequence[Matrix],
-        source: Activations,
-        epilogue: c.Epilogue,
-        x: DeviceArray,
-        floats: bool | None,
-        macros: dict[str, object],
-    ) -> Launch:
-        return products.matvec(
-            self.device, matrices, source, epilogue, x.shape[0],
-            floats=self._floats(floats), macros=macros, tuning=self.lowering.tuning,
-        )  # fmt: skip
-
-    def _feed_forward(
-        self, index: FeedForwardIndex, x: DeviceArray, floats: bool | None
-    ) -> list[Launch]:
-        begin, source = self._quantised(x, index.gate.layout.k)
-        hidden = replace(
-            self.lowering.activations("hidden", index.down.layout.k),
-            values=self.lowering.arena["given hidden"],
-        )
-        y = self._result(x.shape[0], index.down.layout.n)
-        pair, product = [index.gate, index.up], c.Product(hidden.at(0))
-        macros: dict[str, object] = {"ACTIVATION": ACTIVATIONS[index.activation]}
-        return [
-            begin,
-            self._matvec(pair, source, product, x, floats, macros),
-            self._matvec([index.down], hidden, c.Store(y.address), x, floats, PLAIN),
-        ]
 
 
 def _by_layer(decoder: Decoder) -> dict[int, list[Operation]]:

@@ -95,10 +95,10 @@ class Lowering:
         self.arena.reserve("logits", (rows, config.n_vocab), np.float32)
         # For single operations on rows from outside (executor.py).
         widest = max(config.d_model, heads, d_ff)
-        self._widths["given"] = widest
+        self._widths |= {"given": widest, "given hidden": d_ff}
         self._reserve_activations("given", widest, values=True)
+        self._reserve_activations("given hidden", d_ff, values=True)
         self.arena.reserve("given rows", (rows, max(widest, qkv)), np.float32)
-        self.arena.reserve("given hidden", (rows, d_ff), np.float32)
         self.arena.reserve("result", (rows, max(widest, qkv)), np.float32)
         shapes = self.cache_shapes.values()
         blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
@@ -121,7 +121,7 @@ class Lowering:
         groups = padded(width) // GROUP
         if values:
             self.arena.reserve(f"{name} values", (self.max_rows, width), np.float32)
-        if self.tensor_cores and name != "given":
+        if self.tensor_cores and not name.startswith("given"):
             self.arena.reserve(f"{name} brain", (self.max_rows, width), np.uint16)
         else:
             self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)

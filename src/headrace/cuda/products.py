@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_void_p
+from ctypes import Array, c_void_p
 from dataclasses import dataclass
 
 from headrace.cuda import arguments as c
@@ -131,58 +131,26 @@ def matvec(
     ``norm_eps``: x was stored times the norm's weight, with its squares; divide by its RMS.
     ``floats``: read x's float values (times ``in_gain`` if there is a norm), not its int8 groups.
     """
-    paired = isinstance(epilogue, c.Product)
+    paired = _contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
     quantises = isinstance(epilogue, c.Product | c.Residual)
-    k = matrices[0].layout.k
     floats = floats or any(m.layout.qtype in FLOAT_TYPES for m in matrices)
-    require(
-        1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
-        "one to three matrices, or a pair",
-    )
-    require(all(m.layout.k == k for m in matrices), "matrices that share x have the same K")
-    require(x.width == k, f"x has {x.width} columns, the matrix {k}")
-    require(n_rows > 0 and first_row + n_rows <= x.rows, f"rows {first_row} + {n_rows} of {x.rows}")
-    require(all(m.address % 16 == 0 for m in matrices), "matrices lie on 16-byte boundaries")
-    require(
-        not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
-    )
-    require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
     require(not floats or x.values is not None, "float activations need x's values")
     unit_rows = PADDED_ROWS if quantises else TILE_ROWS
     shape = matvec_shape(
         device, matrices, n_rows, paired=paired, unit_rows=unit_rows, floats=floats, tuning=tuning
     )
-    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
-    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
-    constants: dict[str, object] = {
-        "K": k,
-        **{f"TYPE{i}": types[i] for i in range(3)},
-        **{f"N{i}": sizes[i] for i in range(3)},
-        "PAIRED": paired,
+    constants = _constants(matrices, epilogue, norm_eps) | {
         "UNIT_ROWS": unit_rows,
         "ROWS": shape.rows,
         "FLOAT_ACTIVATIONS": floats,
-        "NORM": norm_eps is not None,
-        "EPS": float(norm_eps or 0.0),
-        "EPILOGUE": c.EPILOGUES[type(epilogue)],
         "WARPS": shape.warps,
         "STAGES": shape.stages,
         "PASS_UNITS": shape.pass_units,
         "GRID": shape.grid,
         **(macros or {}),
     }
-    written = getattr(epilogue, "x", None) or getattr(epilogue, "hidden", None)
-    if written is not None:
-        constants |= brain(written)
-    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
-    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
     arguments = c.matvec_arguments(epilogue)(
-        (c_void_p * 3)(*addresses),
-        (c_void_p * 3)(*biases),
-        x.at(first_row),
-        in_gain,
-        epilogue,
-        n_rows,
+        *_pointers(matrices), x.at(first_row), in_gain, epilogue, n_rows
     )
     grid = (shape.grid, -(-n_rows // shape.rows), 1)
     return Launch(
@@ -236,9 +204,35 @@ def matmul(
     *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
 ) -> Launch:  # fmt: skip
     """As :func:`matvec`, on tensor cores from bfloat16 activations."""
-    paired = isinstance(epilogue, c.Product)
-    k = matrices[0].layout.k
     require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
+    paired = _contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
+    require(x.brain is not None, "tensor cores read bfloat16")
+    shape = matmul_shape(device, matrices, n_rows, paired=paired)
+    constants = _constants(matrices, epilogue, norm_eps) | {
+        "ROWS": shape.rows,
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "BRAIN": True,
+        **(macros or {}),
+    }
+    arguments = c.matmul_arguments(epilogue)(
+        *_pointers(matrices), x.at(first_row), epilogue, n_rows
+    )
+    return Launch(
+        Specialisation.of("matmul", constants),
+        shape.grid,
+        shape.warps * 32,
+        shape.shared_bytes,
+        arguments,
+    )
+
+
+def _contract(
+    matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue,
+    n_rows: int, first_row: int, norm_eps: float | None,
+) -> bool:  # fmt: skip
+    """What both kernels take for granted, checked; whether the matrices are a pair."""
+    paired, k = isinstance(epilogue, c.Product), matrices[0].layout.k
     require(
         1 <= len(matrices) <= 3 and (not paired or len(matrices) == 2),
         "one to three matrices, or a pair",
@@ -251,35 +245,35 @@ def matmul(
         not paired or matrices[0].layout.n == matrices[1].layout.n, "gate and up have equal rows"
     )
     require(norm_eps is None or x.squares is not None, "a norm needs x's squares")
-    require(x.brain is not None, "tensor cores read bfloat16")
-    shape = matmul_shape(device, matrices, n_rows, paired=paired)
-    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * (3 - len(matrices))
-    sizes = [m.layout.n for m in matrices] + [0] * (3 - len(matrices))
-    constants: dict[str, object] = {
-        "K": k,
+    return paired
+
+
+def _constants(
+    matrices: Sequence[Matrix], epilogue: c.Epilogue, norm_eps: float | None
+) -> dict[str, object]:
+    """Macros of both kernels."""
+    missing = 3 - len(matrices)
+    types = [m.layout.qtype.name for m in matrices] + ["NONE"] * missing
+    sizes = [m.layout.n for m in matrices] + [0] * missing
+    written = getattr(epilogue, "x", None) or getattr(epilogue, "hidden", None)
+    return {
+        "K": matrices[0].layout.k,
         **{f"TYPE{i}": types[i] for i in range(3)},
         **{f"N{i}": sizes[i] for i in range(3)},
-        "PAIRED": paired,
-        "ROWS": shape.rows,
+        "PAIRED": isinstance(epilogue, c.Product),
         "NORM": norm_eps is not None,
         "EPS": float(norm_eps or 0.0),
         "EPILOGUE": c.EPILOGUES[type(epilogue)],
-        "WARPS": shape.warps,
-        "STAGES": shape.stages,
-        "BRAIN": True,
-        **(macros or {}),
+        **({} if written is None else brain(written)),
     }
-    addresses = [m.address for m in matrices] + [0] * (3 - len(matrices))
-    biases = [m.bias for m in matrices] + [0] * (3 - len(matrices))
-    arguments = c.matmul_arguments(epilogue)(
-        (c_void_p * 3)(*addresses), (c_void_p * 3)(*biases), x.at(first_row), epilogue, n_rows
-    )
-    return Launch(
-        Specialisation.of("matmul", constants),
-        shape.grid,
-        shape.warps * 32,
-        shape.shared_bytes,
-        arguments,
+
+
+def _pointers(matrices: Sequence[Matrix]) -> tuple[Array[c_void_p], Array[c_void_p]]:
+    """Of the weights and of the biases, as the kernels' structs begin."""
+    missing = [0] * (3 - len(matrices))
+    kind = c_void_p * 3
+    return kind(*(m.address for m in matrices), *missing), kind(
+        *(m.bias for m in matrices), *missing
     )
 
 
