@@ -117,20 +117,3 @@ class Device(Protocol):
 
 def array(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
     return DeviceArray(address, shape, np.dtype(dtype))
-
-
-def read_bandwidth(device: Device, repeats: int = 10) -> float:
-    """Bytes a second of a plain read kernel over four times the L2 cache and more: the best of
-    ``repeats``. Takes up to a quarter of the free memory meanwhile, 4 GB at most."""
-    from headrace.cuda.launchers import read
-
-    n_bytes = min(4 << 30, device.free_bytes() // 4) // 4096 * 4096
-    address = device.allocate(n_bytes, "measuring the read bandwidth")
-    try:
-        launch = read(device, address, n_bytes, address)
-        device.clear(address, n_bytes)
-        device.launch(launch)
-        return n_bytes / min(device.elapsed(lambda: device.launch(launch)) for _ in range(repeats))
-    finally:
-        device.synchronise()
-        device.free(address)

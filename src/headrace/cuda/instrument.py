@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.backend import Batch, DecodeRow
-from headrace.cuda.ceilings import flops_per_second
+from headrace.cuda.ceilings import flops_per_second, read_bandwidth
 from headrace.cuda.decode import DecodeGraphs, await_choices
-from headrace.cuda.device import Graph, Launch, read_bandwidth
+from headrace.cuda.device import Graph, Launch
 from headrace.cuda.executor import Executor
 from headrace.cuda.lowering import Step, runs
 from headrace.cuda.stamps import FMAS, Stamps, parts_of

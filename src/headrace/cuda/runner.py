@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from headrace.backend import PAGE_SIZE, Batch, DecodeRow
 from headrace.checks import check_batch
+from headrace.cuda.ceilings import read_bandwidth
 from headrace.cuda.decode import CUDABurst, DecodeGraphs
-from headrace.cuda.device import Counters, Device, DeviceArray, Launch, read_bandwidth
+from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.executor import Executor
 from headrace.cuda.instrument import CUDAInstrument
 from headrace.cuda.lowering import Step, runs
