@@ -118,8 +118,9 @@ class Case:
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 values and records of x [t, k], as ``quantise_row`` makes them."""
     groups = x.reshape(len(x), -1, 16)
-    scale = np.abs(groups).max(-1) / np.float32(127)
-    q = np.rint(groups / scale[..., None]).astype(np.int8)
+    step = np.abs(groups).max(-1) / np.float32(127)
+    q = np.rint(groups / step[..., None]).astype(np.int8)
+    scale = (groups * q).sum(-1) / np.square(q.astype(np.float32)).sum(-1)
     records = np.full(scale.shape, np.nan, matmul.GROUP_RECORD)  # "unused" stays NaN
     records["scale"] = scale
     records["sum"] = scale * q.sum(-1, dtype=np.int32)
