@@ -9,7 +9,7 @@ import numpy as np
 from headrace.cuda.device import Device, DeviceArray, array
 from headrace.cuda.launchers import reorder
 from headrace.cuda.layout import TileLayout
-from headrace.cuda.products import GROUP, Activations, Matrix, padded
+from headrace.cuda.products import GROUP, Activations, Matrix, brain_shape, padded
 from headrace.gguf.quants import dequantize
 from headrace.gguf.random_blocks import random_weights
 from headrace.gguf.types import QuantType
@@ -39,8 +39,29 @@ def activations(device: Device, rows: int, width: int, *, brain: bool = False) -
         poisoned(device, (rows, groups, 16), np.int8),
         poisoned(device, (rows, groups, 2)),
         poisoned(device, (rows, width // GROUP)),
-        poisoned(device, (rows, width), np.uint16) if brain else None,
+        put(device, tiled(np.full((rows, width), 0xFFFF, np.uint16))) if brain else None,
     )  # fmt: skip
+
+
+def tiled(x: np.ndarray) -> np.ndarray:
+    """uint16 [rows, k] in tiles (kernels/activations.cuh): rows beyond the last are NaN."""
+    rows, k = x.shape
+    n, m, _ = brain_shape(rows, k)
+    whole = np.full((n * 64, m * 64), 0xFFFF, np.uint16)
+    whole[:rows, :k], whole[:, k:] = x, 0
+    tiles = whole.reshape(n, 64, m, 8, 8).transpose(0, 2, 1, 3, 4)
+    line, piece = np.indices((64, 8))
+    out = np.empty_like(tiles)
+    out[:, :, line, piece ^ line & 7] = tiles[:, :, line, piece]
+    return out.reshape(brain_shape(rows, k))
+
+
+def untiled(tiles: np.ndarray, rows: int, k: int) -> np.ndarray:
+    """The rows of :func:`tiled`."""
+    n, m, _ = tiles.shape
+    line, piece = np.indices((64, 8))
+    pieces = tiles.reshape(n, m, 64, 8, 8)[:, :, line, piece ^ line & 7]
+    return pieces.transpose(0, 2, 1, 3, 4).reshape(n * 64, m * 64)[:rows, :k]
 
 
 SCALED = 8
@@ -97,7 +118,7 @@ def upload_activations(
     device.upload(a.values.address, x)
     device.upload(a.quants.address, quants)
     device.upload(a.scales.address, scales)
-    device.upload(a.brain.address, to_brain(x * gain if gain is not None else x))
+    device.upload(a.brain.address, tiled(to_brain(x * gain if gain is not None else x)))
     device.upload(a.squares.address, np.square(x).reshape(rows, n, GROUP).sum(-1))
     return a
 

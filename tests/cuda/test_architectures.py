@@ -89,13 +89,40 @@ def matmuls(device: PaperDevice) -> list[Launch]:
     return made
 
 
+def prompts(device: PaperDevice) -> list[Launch]:
+    if device.arch < 80:
+        return []
+
+    def gemm(matrices, epilogue, rows, **how) -> Launch:
+        x = rows_of(matrices[0].layout.k, rows)
+        return products.gemm(device, matrices, x, epilogue, rows, **how)
+
+    llama, made = CacheShape(32, 8, 128, 128), []
+    made.extend(gemm([matrix(qtype, 1000, 2048)], c.Store(), 1024, macros=LOGITS) for qtype in Q)
+    qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
+    for rows in (64, 512, 1024):
+        made.append(gemm(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
+        made.extend(gemm([matrix(q, 4096, 14336)], c.Residual(), rows) for q in (Q.Q4_K, Q.Q6_K))
+        pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
+        how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
+        made.append(gemm(pair, c.Product(), rows, **how))
+    arguments = c.PromptAttend(n_rows=512)
+    for shape, window, softcap in SHAPES:
+        how = {"scale": 0.1, "window": window, "softcap": softcap}
+        made.append(launchers.prompt_attend(device, shape, arguments, **how))
+    return made
+
+
+SHAPES = (
+    (CacheShape(32, 8, 128), None, None),
+    (CacheShape(32, 8, 64), None, None),
+    (CacheShape(4, 1, 256, 256), 512, 50.0),
+)
+
+
 def others(device: PaperDevice) -> list[Launch]:
     made = []
-    for shape, window, softcap in (
-        (CacheShape(32, 8, 128), None, None),
-        (CacheShape(32, 8, 64), None, None),
-        (CacheShape(4, 1, 256, 256), 512, 50.0),
-    ):
+    for shape, window, softcap in SHAPES:
         how = {"scale": 0.1, "window": window, "softcap": softcap}
         made.append(launchers.attend(device, shape, c.Attend(), 1, 64, **how))
         norms = {"eps": 1e-6, "q_norm": True, "k_norm": True}
@@ -117,7 +144,7 @@ def others(device: PaperDevice) -> list[Launch]:
 @pytest.mark.parametrize("target", list(SHARED_KB))
 def test_compiles_without_spills(target: str) -> None:
     device = PaperDevice(target)
-    launches = matvecs(device) + matmuls(device) + others(device)
+    launches = matvecs(device) + matmuls(device) + prompts(device) + others(device)
     specs = list(dict.fromkeys(launch.spec for launch in launches))
     assert {spec.name for spec in specs} >= {
         "matvec",

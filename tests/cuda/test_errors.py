@@ -108,7 +108,7 @@ def test_a_damaged_cache_entry_is_compiled_again(
 
 def test_a_launch_with_the_wrong_struct_is_refused() -> None:
     launch = Launch(READ, (1, 1, 1), 32, 0, c.Rows())
-    with pytest.raises(DeviceError, match="arguments of 40 bytes for a kernel that takes 24"):
+    with pytest.raises(DeviceError, match="arguments of 48 bytes for a kernel that takes 24"):
         HostDevice().launch(launch)
 
 

@@ -1,4 +1,4 @@
-"""The tensor-core matmul against float64: several rows of bfloat16 activations, packed weights.
+"""The tensor-core products, matmul and gemm, against float64: bfloat16 activations, packed weights.
 
 Weights are rounded to bfloat16 on the way, and here in NumPy, so that the comparison is tight; that
 a row is the same whoever travels with it is exact.
@@ -6,7 +6,7 @@ a row is the same whoever travels with it is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -17,20 +17,29 @@ from device_memory import (
     put,
     random_matrix,
     to_brain,
+    untiled,
     upload_activations,
 )
 
 from headrace.cuda import arguments as c
-from headrace.cuda.device import Device
+from headrace.cuda.device import Device, Launch
 from headrace.cuda.host import HostDevice
 from headrace.cuda.layout import tile_block
-from headrace.cuda.products import matmul
+from headrace.cuda.products import gemm, matmul
 from headrace.errors import DeviceError
 from headrace.gguf.types import QuantType
 
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
 ROUNDED = 2e-4
 """Relative: a weight that lies between two bfloat16 may go to either."""
+
+
+Product = Callable[..., Launch]
+
+
+@pytest.fixture(params=[matmul, gemm], ids=["matmul", "gemm"])
+def product(request: pytest.FixtureRequest) -> Product:
+    return request.param
 
 
 @pytest.fixture(params=["host-90", "host-80", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -60,7 +69,9 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("qtype", list(QuantType))
-def test_every_type_odd_rows_whole_and_partial_slices(device: Device, qtype: QuantType) -> None:
+def test_every_type_odd_rows_whole_and_partial_slices(
+    device: Device, product: Product, qtype: QuantType
+) -> None:
     rng = np.random.default_rng(qtype)
     block = tile_block(qtype)[0]
     for n, k, rows in ((13, block, 3), (39, 1024 + 2 * block, 5)):
@@ -68,30 +79,65 @@ def test_every_type_odd_rows_whole_and_partial_slices(device: Device, qtype: Qua
         x, seen = rows_of(rng, rows, k)
         y = poisoned(device, (rows, n))
         a = upload_activations(device, x)
-        device.launch(matmul(device, [matrix], a, c.Store(y.address), rows, macros=LOGITS))
+        device.launch(product(device, [matrix], a, c.Store(y.address), rows, macros=LOGITS))
         assert relative(device.download(y), seen @ rounded(weights).T) < ROUNDED
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 33, 40])
-def test_a_row_is_bit_equal_whoever_travels_with_it(tensor_device: Device, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("product", "rows"),
+    [*((matmul, rows) for rows in (1, 8, 9, 16, 17, 33, 40)), (gemm, 1), (gemm, 65), (gemm, 300)],
+)
+def test_a_row_is_bit_equal_whoever_travels_with_it(
+    tensor_device: Device, product: Product, rows: int
+) -> None:
     rng = np.random.default_rng(rows)
-    k, n = 2304, 150
+    k, n = (2304, 150) if product is matmul else (512, 70)
     matrix, weights, _ = random_matrix(tensor_device, rng, QuantType.Q4_K, n, k)
     x, seen = rows_of(rng, rows, k)
-    a = upload_activations(tensor_device, x)
     y, alone = poisoned(tensor_device, (rows, n)), poisoned(tensor_device, (1, n))
-    launch = matmul(tensor_device, [matrix], a, c.Store(y.address), rows, macros=LOGITS)
-    tensor_device.launch(launch)
-    last = matmul(
-        tensor_device, [matrix], a, c.Store(alone.address), 1, first_row=rows - 1, macros=LOGITS
-    )
-    tensor_device.launch(last)
+    for target, some in ((y, x), (alone, x[-1:])):
+        a = upload_activations(tensor_device, some)
+        store = c.Store(target.address)
+        tensor_device.launch(product(tensor_device, [matrix], a, store, len(some), macros=LOGITS))
     together = tensor_device.download(y)
     assert relative(together, seen @ rounded(weights).T) < ROUNDED
     np.testing.assert_array_equal(together[-1:], tensor_device.download(alone))
 
 
-def test_three_matrices_of_three_types_with_norm_and_bias(tensor_device: Device) -> None:
+def test_rows_from_the_middle(device: Device, product: Product) -> None:
+    rng = np.random.default_rng(8)
+    first, rows, k, n = 64, 5, 256, 20
+    matrix, weights, _ = random_matrix(device, rng, QuantType.Q6_K, n, k)
+    x, seen = rows_of(rng, first + rows, k)
+    y = poisoned(device, (rows, n))
+    a, store = upload_activations(device, x), c.Store(y.address)
+    device.launch(product(device, [matrix], a, store, rows, first_row=first, macros=LOGITS))
+    assert relative(device.download(y), seen[first:] @ rounded(weights).T) < ROUNDED
+    with pytest.raises(DeviceError, match="row 3 begins no tile"):
+        gemm(device, [matrix], a, store, rows, first_row=3, macros=LOGITS)
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+def test_every_number_of_tokens_at_once(
+    tensor_device: Device, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape that the launcher picks depends on the device: here, each of them."""
+    rng = np.random.default_rng(9)
+    rows, k, n = 261, 320, 200
+    matrix, weights, _ = random_matrix(tensor_device, rng, QuantType.Q8_0, n, k)
+    x, seen = rows_of(rng, rows, k)
+    y = poisoned(tensor_device, (rows, n))
+    monkeypatch.setattr("headrace.cuda.products.TOKENS_AT_ONCE", (tokens,))
+    a, store = upload_activations(tensor_device, x), c.Store(y.address)
+    launch = gemm(tensor_device, [matrix], a, store, rows, macros=LOGITS)
+    assert dict(launch.spec.macros)["TOKENS"] == str(tokens)
+    tensor_device.launch(launch)
+    assert relative(tensor_device.download(y), seen @ rounded(weights).T) < ROUNDED
+
+
+def test_three_matrices_of_three_types_with_norm_and_bias(
+    tensor_device: Device, product: Product
+) -> None:
     rng = np.random.default_rng(3)
     k, sizes, eps, rows = 1280, (36, 8, 12), 1e-5, 9
     types = (QuantType.Q4_K, QuantType.Q8_0, QuantType.Q6_K)
@@ -105,7 +151,7 @@ def test_three_matrices_of_three_types_with_norm_and_bias(tensor_device: Device)
     parts = [inverse * (seen @ rounded(w).T) + b for _, w, b in made]
     y = poisoned(tensor_device, (rows, sum(sizes)))
     matrices, a = [m for m, _, _ in made], upload_activations(tensor_device, x, gain)
-    launch = matmul(
+    launch = product(
         tensor_device, matrices, a, c.Store(y.address), rows, norm_eps=eps, macros=LOGITS
     )
     tensor_device.launch(launch)
@@ -114,7 +160,7 @@ def test_three_matrices_of_three_types_with_norm_and_bias(tensor_device: Device)
         assert relative(part, wanted) < ROUNDED
 
 
-def test_residual_adds_and_rounds_for_the_next_norm(device: Device) -> None:
+def test_residual_adds_and_rounds_for_the_next_norm(device: Device, product: Product) -> None:
     rng = np.random.default_rng(5)
     n, k, rows = 80, 512, 10
     matrix, weights, bias = random_matrix(device, rng, QuantType.Q5_K, n, k, bias=True)
@@ -124,24 +170,28 @@ def test_residual_adds_and_rounds_for_the_next_norm(device: Device) -> None:
     out = activations(device, rows, n, brain=True)
     device.upload(out.values.address, stream)
     epilogue = c.Residual(out.at(0), put(device, gain).address)
-    device.launch(matmul(device, [matrix], upload_activations(device, x), epilogue, rows))
+    device.launch(product(device, [matrix], upload_activations(device, x), epilogue, rows))
     got = device.download(out.values)
     assert relative(got, stream + seen @ rounded(weights).T + bias) < ROUNDED
-    np.testing.assert_array_equal(device.download(out.brain), to_brain(got * gain))
+    np.testing.assert_array_equal(
+        untiled(device.download(out.brain), rows, n), to_brain(got * gain)
+    )
     np.testing.assert_allclose(
         device.download(out.squares), np.square(got).reshape(rows, -1, 16).sum(-1), rtol=1e-5
     )
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_activation_product_of_gate_and_up(tensor_device: Device, rows: int) -> None:
+def test_activation_product_of_gate_and_up(
+    tensor_device: Device, product: Product, rows: int
+) -> None:
     rng = np.random.default_rng(6)
     n, k, eps = 112, 1024, 1e-6
     types = (QuantType.Q4_0, QuantType.Q6_K)
     (gate, gate_w, _), (up, up_w, _) = (random_matrix(tensor_device, rng, t, n, k) for t in types)
     x, seen = rows_of(rng, rows, k)
     hidden = activations(tensor_device, rows, n, brain=True)
-    launch = matmul(
+    launch = product(
         tensor_device, [gate, up], upload_activations(tensor_device, x), c.Product(hidden.at(0)),
         rows, norm_eps=eps, macros={"ACTIVATION": "SILU"},
     )  # fmt: skip
@@ -150,12 +200,14 @@ def test_activation_product_of_gate_and_up(tensor_device: Device, rows: int) -> 
     g, u = inverse * (seen @ rounded(gate_w).T), inverse * (seen @ rounded(up_w).T)
     got = tensor_device.download(hidden.values)
     assert relative(got, g / (1 + np.exp(-g)) * u) < 2 * ROUNDED
-    np.testing.assert_array_equal(tensor_device.download(hidden.brain), to_brain(got))
+    np.testing.assert_array_equal(
+        untiled(tensor_device.download(hidden.brain), rows, n), to_brain(got)
+    )
 
 
-def test_a_device_without_them_is_refused() -> None:
+def test_a_device_without_them_is_refused(product: Product) -> None:
     device = HostDevice(arch=75)
     matrix, _, _ = random_matrix(device, np.random.default_rng(0), QuantType.Q8_0, 16, 32)
     a = upload_activations(device, np.zeros((1, 32), np.float32))
     with pytest.raises(DeviceError, match="needs sm_80, not sm_75"):
-        matmul(device, [matrix], a, c.Store(0), 1, macros=LOGITS)
+        product(device, [matrix], a, c.Store(0), 1, macros=LOGITS)

@@ -109,6 +109,36 @@ def test_tensor_cores(device: Device, synthetic, shape: str) -> None:
     runner.close()
 
 
+@pytest.mark.parametrize("shape", ["llama-tiny", "qwen3-tiny", "gemma3-tiny"])
+def test_prompts(device: Device, synthetic, shape: str) -> None:
+    """Rows of prompts are the same in chunks of any length above one, and beside other sequences;
+    a token alone goes the way of decoding."""
+    decoder, tokens = synthetic(shape, "Q4_K_M"), (TOKENS * 2)[:22]
+    wanted = logits_of(ReferenceRunner(decoder), tokens, (22,))
+    runner = CUDARunner(decoder, device, max_rows=4, prompt_rows=20)
+    got = logits_of(runner, tokens, (22,))
+    assert {one.kernel for one in runner.executor.ran} >= {"matmul"}  # the vocabulary
+    assert relative(got, wanted) < 0.02
+    np.testing.assert_array_equal(logits_of(runner, tokens, (7, 2, 13)), got)
+
+    decoded = logits_of(runner, tokens, (21, 1))
+    np.testing.assert_array_equal(decoded[:21], got[:21])
+    assert 0 < relative(decoded[21:], wanted[21:]) < 0.04
+
+    runner.step(batches.one_sequence(tokens[:9], 0, [8], [0]))
+    prompt = [(1, i, token) for i, token in enumerate(tokens)]
+    both = batches.rows([(0, 9, tokens[9]), *prompt], [[0], [1]], [0, 4, 22])
+    together = runner.step(both)
+    np.testing.assert_array_equal(together[1:], got[[3, 21]])
+    assert relative(together[:1], wanted[9:10]) < 0.04
+    hidden = runner.hidden(both)
+    reference = ReferenceRunner(decoder)
+    reference.allocate_cache(2)
+    reference.step(batches.one_sequence(tokens[:9], 0, [8], [0]))
+    assert relative(hidden, reference.hidden(both)) < 0.04
+    runner.close()
+
+
 def test_graph_decoding_is_stepwise_decoding(device: Device, synthetic) -> None:
     decoder = synthetic("llama-tiny", "Q4_K_M")
     runner = CUDARunner(decoder, device, max_rows=16)

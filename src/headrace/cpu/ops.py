@@ -47,8 +47,8 @@ def rms_norm(x, weight, eps, out):
 
 @compiled
 def quantise_row(x, q, records):
-    """x [n] to int8 in groups of 16: q = round(127 x / max|x|). The scale is that of the least squared
-    error of scale × q, a little off max|x| / 127.
+    """x [n] to int8 in groups of 16: q = round(127 x / max|x|). The scale is that of the least
+    squared error of scale × q, a little off max|x| / 127.
 
     n: a multiple of 32; records: ``matmul.GROUP_RECORD`` [n / 16].
     """

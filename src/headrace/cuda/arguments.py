@@ -25,6 +25,7 @@ class Rows(Structure):
         ("scales", c_void_p),
         ("squares", c_void_p),
         ("brain", c_void_p),
+        ("first", c_int),
     ]
 
 
@@ -138,6 +139,10 @@ class Attend(Structure):
         ("partial_max_sum", c_void_p),
         ("arrived", c_void_p),
     ]
+
+
+class PromptAttend(Structure):
+    _fields_ = [("q", c_void_p), ("cache", Cache), ("out", Rows), ("n_rows", c_int)]
 
 
 class Request(Structure):

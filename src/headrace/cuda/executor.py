@@ -64,8 +64,9 @@ class Executor:
     """``device``: the first GPU unless given. ``max_rows``: the most rows of one call.
     ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
     ones. ``tensor_cores``: layers run on tensor cores, from bfloat16 activations: one read of the
-    weights serves many rows. ``progress``: is told the bytes of each piece of weights as it is
-    loaded.
+    weights serves many rows. ``prompt_rows``: up to so many rows of prompts run together through
+    kernels made for them, on tensor cores from bfloat16 activations; 0: like any rows.
+    ``progress``: is told the bytes of each piece of weights as it is loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
     ModelError for a missing weight or one of the wrong shape.
@@ -79,6 +80,7 @@ class Executor:
         max_rows: int = 64,
         float_activations: bool = False,
         tensor_cores: bool = False,
+        prompt_rows: int = 0,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -86,13 +88,16 @@ class Executor:
             from headrace.cuda.gpu import CUDADevice
 
             device = CUDADevice()
-        if tensor_cores and float_activations:
+        if (tensor_cores or prompt_rows) and float_activations:
             raise DeviceError("tensor cores take bfloat16 activations: not float_activations too")
+        if prompt_rows < 0:
+            raise DeviceError(f"prompt_rows {prompt_rows}: 0 or more expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
-            floats=float_activations, tensor_cores=tensor_cores, tuning=tuning or Tuning(),
+            floats=float_activations, tensor_cores=tensor_cores, prompt_rows=prompt_rows,
+            tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0
@@ -106,8 +111,7 @@ class Executor:
         self._closed = False
         try:
             self.weights.load(device, progress)
-            self.lowering.arena.allocate(device)
-            self.lowering.clear()
+            self.lowering.allocate()
             self.index = {i: self._indexed(i) for i in self._layers}
         except BaseException:
             self.close()
@@ -118,7 +122,9 @@ class Executor:
     def allocate_cache(self, n_pages: int) -> None:
         """Make room for ``n_pages`` pages of every layer, dropping what was cached."""
         self.drop_cache()
-        self.cache = Cache(self.device, self.lowering.cache_shapes, self.max_rows, n_pages)
+        self.cache = Cache(
+            self.device, self.lowering.cache_shapes, self.lowering.most_rows, n_pages
+        )
         self.lowering.inputs, self.lowering.caches = self.cache.inputs, self.cache.layers
 
     def drop_cache(self) -> None:
@@ -319,7 +325,7 @@ class Executor:
         step, d = self._step(), self.decoder.config.d_model
         self._require_shape(x, step.n_rows, d)
         gain = self.weights.vector(self._operation(layer, ProjectQKV).norm.weight)
-        arguments = c.Quantise(x.address, gain, self.lowering.activations("x").at(0))
+        arguments = c.Quantise(x.address, gain, self.lowering.activations("x", step).at(0))
         return launchers.quantise(d, arguments, step.n_rows)
 
     def _floats(self, wanted: bool | None) -> bool:

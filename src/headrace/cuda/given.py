@@ -62,7 +62,7 @@ class Given:
         self, index: FeedForwardIndex, x: DeviceArray, y: DeviceArray, floats: bool
     ) -> list[Launch]:
         begin, source = self._quantised(x, index.gate.layout.k)
-        hidden = self._lowering.activations("given hidden", index.down.layout.k)
+        hidden = self._lowering.activations("given hidden", width=index.down.layout.k)
         pair, product = [index.gate, index.up], c.Product(hidden.at(0))
         macros: dict[str, object] = {"ACTIVATION": ACTIVATIONS[index.activation]}
         return [
@@ -76,7 +76,7 @@ class Given:
         most = self._lowering.max_rows
         if len(x.shape) != 2 or x.shape[1] != k or not 0 < x.shape[0] <= most:
             raise DeviceError(f"rows of shape {x.shape} where [1 … {most}, {k}] is expected")
-        given = self._lowering.activations("given", k)
+        given = self._lowering.activations("given", width=k)
         return launchers.quantise(k, c.Quantise(x.address, 0, given.at(0)), x.shape[0]), given
 
     def _result(self, rows: int, width: int) -> DeviceArray:

@@ -36,7 +36,7 @@ class CUDAInstrument:
     def __init__(self, executor: Executor, graphs: DecodeGraphs) -> None:
         self._executor, self._graphs = executor, graphs
         self._device, self._operations = executor.device, executor.decoder.operations
-        self.max_rows = executor.max_rows
+        self.max_rows = executor.lowering.prompt_rows or executor.max_rows
         self.formats: Formats = executor.formats
         self._plans: dict[Step, _Plan] = {}
         self._last: _Plan | None = None
@@ -84,7 +84,8 @@ class CUDAInstrument:
 
     def _plan(self, batch: Batch) -> _Plan:
         longest = max(64, 1 << int(batch.positions.max()).bit_length())
-        step = Step(len(batch.tokens), longest, runs(batch.logit_rows.tolist()[-1:]))
+        n, wanted = len(batch.tokens), runs(batch.logit_rows.tolist()[-1:])
+        step = Step(n, longest, wanted, n > 1 and self._executor.lowering.prompt_rows > 0)
         if step not in self._plans:
             self._plans[step] = self._capture(step)
         return self._plans[step]

@@ -8,9 +8,11 @@ Which kernel runs for what (``matvec`` and ``matmul`` are in ``products.py``):
                       or when a matrix is F32, F16 or BF16
 ``matmul``            every matrix instead, where the executor was told to use tensor cores; ROWS
                       (8, 16 or 32) likewise
+``gemm``              every matrix instead, for the rows of prompts (``Step.prompt``)
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
-``attend``            all attention
+``attend``            attention of rows
+``prompt_attend``     attention of a prompt's rows, with ``gemm``
 ``post_norm``         families with a norm after a projection
 ``embed``, ``sample`` the ends of a step
 ``quantise``          rows given from outside a step (executor.py)
@@ -37,6 +39,7 @@ from headrace.cuda.layout import (
     tile_block,
 )
 from headrace.cuda.products import GROUP, Matrix, brain, require
+from headrace.errors import DeviceError
 from headrace.sampling import MAX_LOGPROBS
 
 PAGE_SIZE = 64
@@ -135,6 +138,39 @@ def attend(
     shared = shape.cache_dim // 16 * 512 + sums + 8 * most * 4 + 16
     return Launch(
         Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
+    )
+
+
+def prompt_attend(
+    device: Device, shape: CacheShape, arguments: c.PromptAttend, *,
+    scale: float, window: int | None, softcap: float | None,
+) -> Launch:  # fmt: skip
+    """As :func:`attend`, to bfloat16, and made for many rows of each slot."""
+    require(device.arch >= 80, f"attention of prompts needs sm_80, not sm_{device.arch}")
+    group, dim = shape.n_heads // shape.n_kv_heads, shape.cache_dim
+    tiles, fragments = 2 if dim <= 128 else 1, dim // 16
+    for most, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2)):
+        heads = min(group, most)
+        warps = most // heads * heads
+        tokens = warps // heads * tiles * 16
+        shared = stages * 128 * dim + warps * tiles * fragments * 512 + 2 * tokens * 4
+        if shared <= device.shared_limit:
+            break
+    else:
+        raise DeviceError(f"no attention of heads of {dim} fits {device.shared_limit:,} bytes")
+    constants = shape.macros | {
+        "HEADS": shape.n_heads,
+        "SCALE": float(scale),
+        "WINDOW": window or 0,
+        "SOFTCAP": float(softcap or 0.0),
+        "HEAD_TILE": heads,
+        "WARPS": warps,
+        "STAGES": stages,
+        "BRAIN": True,
+    }
+    grid = (shape.n_kv_heads * -(-group // heads), -(-arguments.n_rows // tokens), 1)
+    return Launch(
+        Specialisation.of("prompt_attend", constants), grid, warps * 32, shared, arguments
     )
 
 

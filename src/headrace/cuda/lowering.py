@@ -13,7 +13,15 @@ from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
 from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES
-from headrace.cuda.products import GROUP, PLAIN, Activations, Matrix, Tuning, padded
+from headrace.cuda.products import (
+    GROUP,
+    PLAIN,
+    Activations,
+    Matrix,
+    Tuning,
+    brain_shape,
+    padded,
+)
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
@@ -53,23 +61,27 @@ class LayerCache:
 @dataclass(frozen=True)
 class Step:
     """What a step's launches depend on. ``longest``: a bound on position + 1 of its rows;
-    ``logit_runs``: (first row, rows) of each run of consecutive rows whose logits are wanted."""
+    ``logit_runs``: (first row, rows) of each run of consecutive rows whose logits are wanted.
+    ``prompt``: the rows are a prompt's, for the kernels made for many of them."""
 
     n_rows: int
     longest: int
     logit_runs: tuple[tuple[int, int], ...]
+    prompt: bool = False
 
 
 class Lowering:
-    """Plans the activation arena for ``max_rows``, and turns a :class:`Step` into launches."""
+    """Plans the activation arena for ``max_rows`` (``prompt_rows`` of a prompt), and turns a
+    :class:`Step` into launches."""
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_cores: bool, tuning: Tuning,
+        floats: bool, tensor_cores: bool, prompt_rows: int, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
-        self.tensor_cores = tensor_cores
+        self.tensor_cores, self.prompt_rows = tensor_cores, prompt_rows
+        self.most_rows = max(max_rows, prompt_rows)
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
@@ -81,6 +93,7 @@ class Lowering:
 
     def _reserve(self) -> None:
         config, rows, operations = self.decoder.config, self.max_rows, self.decoder.operations
+        most = self.most_rows
         projections = [op for op in operations if isinstance(op, ProjectQKV)]
         outs = [op.out for op in operations if isinstance(op, ProjectOut)]
         downs = [op.down for op in operations if isinstance(op, FeedForwardOut)]
@@ -90,8 +103,8 @@ class Lowering:
         self._reserve_activations("x", config.d_model, values=True, squares=True)
         self._reserve_activations("attention", heads, values=self._reads_floats(*outs))
         self._reserve_activations("hidden", d_ff, values=self._reads_floats(*downs))
-        self.arena.reserve("q", (rows, heads), np.float32)
-        self.arena.reserve("dense", (rows, max(config.d_model, qkv)), np.float32)
+        self.arena.reserve("q", (most, heads), np.float32)
+        self.arena.reserve("dense", (most, max(config.d_model, qkv)), np.float32)
         self.arena.reserve("logits", (rows, config.n_vocab), np.float32)
         # For single operations on rows from outside (executor.py).
         widest = max(config.d_model, heads, d_ff)
@@ -103,9 +116,9 @@ class Lowering:
         shapes = self.cache_shapes.values()
         blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
         n_heads, dim = max(s.n_heads for s in shapes), max(s.cache_dim for s in shapes)
-        most = max(launchers.max_splits(self.device, s.n_heads, s.n_kv_heads) for s in shapes)
-        self.arena.reserve("attention splits", (rows, n_heads, most, dim), np.float32)
-        self.arena.reserve("attention maxima", (rows, n_heads, most, 2), np.float32)
+        splits = max(launchers.max_splits(self.device, s.n_heads, s.n_kv_heads) for s in shapes)
+        self.arena.reserve("attention splits", (rows, n_heads, splits, dim), np.float32)
+        self.arena.reserve("attention maxima", (rows, n_heads, splits, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
 
     def _reads_floats(self, *linears: Linear) -> bool:
@@ -118,22 +131,41 @@ class Lowering:
     ) -> None:
         if width % GROUP:
             raise ModelError(f"a width of {width}: the CUDA backend needs a multiple of {GROUP}")
-        groups = padded(width) // GROUP
+        groups, given = padded(width) // GROUP, name.startswith("given")
+        rows = self.max_rows if given else self.most_rows
         if values:
-            self.arena.reserve(f"{name} values", (self.max_rows, width), np.float32)
-        if self.tensor_cores and not name.startswith("given"):
-            self.arena.reserve(f"{name} brain", (self.max_rows, width), np.uint16)
-        else:
+            self.arena.reserve(f"{name} values", (rows, width), np.float32)
+        if (self.tensor_cores or self.prompt_rows) and not given:
+            self.arena.reserve(f"{name} brain", brain_shape(rows, width), np.uint16)
+        if not self.tensor_cores or given:
             self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
             self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
         if squares:
-            self.arena.reserve(f"{name} squares", (self.max_rows, width // GROUP), np.float32)
+            self.arena.reserve(f"{name} squares", (rows, width // GROUP), np.float32)
 
-    def activations(self, name: str, width: int | None = None) -> Activations:
-        """``width``: of the rows, if less than there is room for."""
-        parts = ("values", "quants", "scales", "squares", "brain")
-        arrays = (self.arena.get(f"{name} {part}") for part in parts)
-        return Activations(width or self._widths[name], self.max_rows, *arrays)
+    def brain(self, step: Step) -> bool:
+        """Are its activations bfloat16?"""
+        return self.tensor_cores or step.prompt
+
+    def activations(
+        self, name: str, step: Step | None = None, *, width: int | None = None
+    ) -> Activations:
+        """In the form of a step, or int8. ``width``: of the rows, if less than there is room."""
+        brain = step is not None and self.brain(step)
+        unused = ("quants", "scales") if brain else ("brain",)
+        arrays = (
+            None if part in unused else self.arena.get(f"{name} {part}")
+            for part in ("values", "quants", "scales", "squares", "brain")
+        )  # fmt: skip
+        rows = self.prompt_rows if step is not None and step.prompt else self.max_rows
+        return Activations(width or self._widths[name], rows, *arrays)
+
+    def allocate(self) -> None:
+        self.arena.allocate(self.device)
+        for name in self._widths:  # columns that pad a tile are read, and never written
+            if brain := self.arena.get(f"{name} brain"):
+                self.device.clear(brain.address, brain.n_bytes)
+        self.clear()
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
@@ -172,7 +204,7 @@ class Lowering:
 
     def _embed(self, op: Embed, step: Step) -> Iterator[Launch]:
         matrix = self.weights.matrix(op.weight)
-        x = self.activations("x").at(0)
+        x = self.activations("x", step).at(0)
         arguments = c.Embed(matrix.address, self.require_inputs().tokens.address, x, self._gain(op))
         yield launchers.embed(matrix, arguments, step.n_rows, scale=op.scale)
 
@@ -190,7 +222,7 @@ class Lowering:
         yield self._product(
             self.qkv(op), "x",
             c.Store(dense) if separate else c.Rotary(q, self._cache(op.layer), w.turns(op.rope)),
-            step.n_rows, norm=op.norm, macros=PLAIN if separate else shape.macros,
+            step, norm=op.norm, macros=PLAIN if separate else shape.macros,
         )  # fmt: skip
         if separate:
             yield self.rotary(op, dense, step)
@@ -215,24 +247,30 @@ class Lowering:
 
     def attend(self, op: Attend, step: Step, values: DeviceArray | None = None) -> Launch:
         """``values``: where to leave the result in float32, too."""
-        names = ("attention splits", "attention maxima", "attention arrivals")
-        work = [self.arena[name].address for name in names]
-        out = self.activations("attention")
+        q, out = self.arena["q"].address, self.activations("attention", step)
+        shape, cache = self.cache_shapes[op.layer], self._cache(op.layer)
+        if step.prompt:
+            return launchers.prompt_attend(
+                self.device, shape, c.PromptAttend(q, cache, out.at(0), step.n_rows),
+                scale=op.scale, window=op.window, softcap=op.softcap,
+            )  # fmt: skip
         if values is not None:
             out = replace(out, values=values)
-        arguments = c.Attend(self.arena["q"].address, self._cache(op.layer), out.at(0), *work)
+        names = ("attention splits", "attention maxima", "attention arrivals")
+        work = [self.arena[name].address for name in names]
         return launchers.attend(
-            self.device, self.cache_shapes[op.layer], arguments, step.n_rows, step.longest,
+            self.device, shape, c.Attend(q, cache, out.at(0), *work), step.n_rows, step.longest,
             scale=op.scale, window=op.window, softcap=op.softcap,
         )  # fmt: skip
 
     def _residual(
         self, op: Operation, source: str, linear: Linear, post_norm: Norm | None, step: Step
     ) -> Iterator[Launch]:
-        matrix, x, dense = self.weights.linear(linear), self.activations("x"), self.arena["dense"]
+        matrix, dense = self.weights.linear(linear), self.arena["dense"]
+        x = self.activations("x", step)
         residual = c.Residual(x.at(0), self._gain(op))
         yield self._product(
-            [matrix], source, c.Store(dense.address) if post_norm else residual, step.n_rows,
+            [matrix], source, c.Store(dense.address) if post_norm else residual, step,
             macros=PLAIN if post_norm else {},
         )  # fmt: skip
         if post_norm:
@@ -244,7 +282,7 @@ class Lowering:
         w = self.weights
         yield self._product(
             [w.linear(op.gate), w.linear(op.up)], "x",
-            c.Product(self.activations("hidden").at(0)), step.n_rows, norm=op.norm,
+            c.Product(self.activations("hidden", step).at(0)), step, norm=op.norm,
             macros={"ACTIVATION": ACTIVATIONS[op.activation]},
         )  # fmt: skip
 
@@ -253,24 +291,27 @@ class Lowering:
         for first, n_rows in step.logit_runs:
             yield self._product(
                 [self.weights.linear(op.out)], "x", c.Store(self.arena["logits"].row(done)),
-                n_rows, norm=op.norm, first_row=first,
+                step, norm=op.norm, rows=(first, n_rows),
                 macros={"LOGIT_SCALE": op.logit_scale, "SOFTCAP": op.softcap or 0.0},
             )  # fmt: skip
             done += n_rows
 
     def _product(
-        self, matrices: list[Matrix], source: str, epilogue: c.Epilogue, n_rows: int, *,
-        norm: Norm | None = None, first_row: int = 0, macros: dict[str, object],
+        self, matrices: list[Matrix], source: str, epilogue: c.Epilogue, step: Step, *,
+        norm: Norm | None = None, rows: tuple[int, int] | None = None, macros: dict[str, object],
     ) -> Launch:  # fmt: skip
-        """``W x`` of the activations ``source``, with the norm before it."""
-        x, eps = self.activations(source), norm.eps if norm else None
-        if self.tensor_cores:
+        """``W x`` of the activations ``source``, with the norm before it; ``rows``: (first row,
+        rows) where not all of them are wanted."""
+        x, eps, device = self.activations(source, step), norm.eps if norm else None, self.device
+        first, n = rows or (0, step.n_rows)
+        if step.prompt and rows is None:
+            return products.gemm(device, matrices, x, epilogue, n, norm_eps=eps, macros=macros)
+        if self.brain(step):
             return products.matmul(
-                self.device, matrices, x, epilogue, n_rows,
-                first_row=first_row, norm_eps=eps, macros=macros,
-            )  # fmt: skip
+                device, matrices, x, epilogue, n, first_row=first, norm_eps=eps, macros=macros
+            )
         return products.matvec(
-            self.device, matrices, x, epilogue, n_rows, first_row=first_row, norm_eps=eps,
+            device, matrices, x, epilogue, n, first_row=first, norm_eps=eps,
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
             macros=macros, tuning=self.tuning,
         )  # fmt: skip

@@ -19,20 +19,21 @@ def plan(
     context: int,
     max_rows: int = MAX_ROWS,
     tensor_cores: bool = False,
+    prompt_rows: int = 0,
 ) -> list[tuple[str, int]]:
     """(what, bytes) for one sequence of ``context`` positions."""
     weights = WeightIndex(decoder)
     lowering = Lowering(
         decoder, device, weights, max_rows,
-        floats=False, tensor_cores=tensor_cores, tuning=Tuning(),
+        floats=False, tensor_cores=tensor_cores, prompt_rows=prompt_rows, tuning=Tuning(),
     )  # fmt: skip
     n_pages = -(-context // PAGE_SIZE)
-    kv = cache.plan(lowering.cache_shapes, max_rows, n_pages)
+    kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)
     history = min(n_pages * PAGE_SIZE, decoder.config.context_length)
     sampler = sampling.plan(SampleShape(decoder.config.n_vocab), max_rows, history)
     return [
         ("weights, in tiles", weights.n_bytes),
-        (f"activations and workspace of {max_rows} rows", lowering.arena.n_bytes),
+        (f"activations and workspace of {lowering.most_rows} rows", lowering.arena.n_bytes),
         (f"KV cache of {n_pages:,} pages", kv.n_bytes),
         (f"sampling of {max_rows} rows", sampler.n_bytes),
         ("staging, while loading", STAGING_BYTES),

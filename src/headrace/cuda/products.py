@@ -45,16 +45,18 @@ class Activations:
 
     def at(self, row: int) -> c.Rows:
         """The C struct of the rows from ``row`` on."""
-
-        def address(array: DeviceArray | None) -> int:
-            return array.row(row) if array else 0
-
+        require(0 <= row < self.rows, f"row {row} of {self.rows}")
         parts = (self.values, self.quants, self.scales, self.squares, self.brain)
-        return c.Rows(*map(address, parts))
+        return c.Rows(*(part.address if part else 0 for part in parts), row)
 
 
 def padded(k: int) -> int:
     return -(-k // 512) * 512
+
+
+def brain_shape(rows: int, width: int) -> tuple[int, int, int]:
+    """Of bfloat16 rows in tiles of 64 x 64 values (kernels/activations.cuh); zero it once."""
+    return -(-rows // 64), -(-width // 64), 64 * 64
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,66 @@ def matmul(
         shape.warps * 32,
         shape.shared_bytes,
         arguments,
+    )
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    tokens: int
+    stages: int
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+
+_UNIT = 64
+"""Rows of W of four warps; a block has two units at a time."""
+TOKENS_AT_ONCE = (64, 128, 256)
+
+
+def gemm_shape(device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool) -> GemmShape:
+    """As many tokens at once as keep the multiprocessors evenly busy."""
+    sizes = [2 * matrices[0].layout.n] if paired else [m.layout.n for m in matrices]
+    pairs = -(-sum(-(-n // _UNIT) for n in sizes) // 2)
+    found: list[tuple[int, GemmShape]] = []
+    for tokens in TOKENS_AT_ONCE:
+        tile, slabs = tokens * 64 * 2, 8 * 64 * 20 * 4
+        stages = min(6, (device.shared_limit - slabs - tokens * 4 - 128) // tile)
+        if stages < 3:
+            continue
+        columns = -(-rows // tokens)
+        blocks = min(pairs, max(1, device.sm_count // columns))
+        shared = stages * tile + slabs + -(-2 * stages * 8 // 16) * 16 + tokens * 4
+        turns = -(-pairs // blocks) * -(-(columns * blocks) // device.sm_count)
+        # Unpacking 128 rows of W takes about as long as multiplying them with 48 of x.
+        found.append(
+            (turns * (tokens + 48), GemmShape(tokens, stages, (columns, blocks, 1), shared))
+        )
+    if not found:
+        raise DeviceError(f"no gemm variant fits {device.shared_limit:,} bytes of shared memory")
+    return min(found, key=lambda one: one[0])[1]
+
+
+def gemm(
+    device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
+    *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
+) -> Launch:  # fmt: skip
+    """As :func:`matmul`, for many rows: ``first_row`` is a multiple of 64."""
+    require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
+    paired = _contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
+    require(x.brain is not None, "tensor cores read bfloat16")
+    require(first_row % 64 == 0, f"row {first_row} begins no tile of 64 rows")
+    shape = gemm_shape(device, matrices, n_rows, paired=paired)
+    constants = _constants(matrices, epilogue, norm_eps) | {
+        "TOKENS": shape.tokens,
+        "STAGES": shape.stages,
+        "BRAIN": True,
+        **(macros or {}),
+    }
+    arguments = c.matmul_arguments(epilogue)(
+        *_pointers(matrices), x.at(first_row), epilogue, n_rows
+    )
+    return Launch(
+        Specialisation.of("gemm", constants), shape.grid, 256, shape.shared_bytes, arguments
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,45 +89,71 @@ class CUDARunner:
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         self._check(batch)
-        logits = [self._pass(part) for part in _passes(batch, self.executor.max_rows)]
-        return np.concatenate(logits) if len(logits) > 1 else logits[0]
+        logits = np.empty((len(batch.logit_rows), self.decoder.config.n_vocab), np.float32)
+        for one in self._passes(batch):
+            self._pass(one, logits)
+        return logits
 
     def hidden(self, batch: Batch) -> NDArray[np.float32]:
         self._check(batch)
         executor = self.executor
-        head = next(op for op in self.decoder.operations if isinstance(op, Head))
+        head = self._head
         tensor = self.decoder.weights[head.norm.weight]
         gain = dequantize(tensor.data, tensor.qtype).reshape(-1)
-        rows = []
-        for part in _passes(batch, executor.max_rows):
-            self._run(part, ())
-            x = executor.download(executor.lowering.arena["x values"])[part.logit_rows]
-            rows.append(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + head.norm.eps) * gain)
-        return np.concatenate(rows).astype(np.float32)
+        states = np.empty((len(batch.logit_rows), len(gain)), np.float32)
+        for one in self._passes(batch):
+            self._run(one, ())
+            x = executor.download(executor.lowering.arena["x values"])[one.batch.logit_rows]
+            rms = np.sqrt(np.square(x).mean(-1, keepdims=True) + head.norm.eps)
+            states[one.results] = x / rms * gain
+        return states
+
+    @property
+    def _head(self) -> Head:
+        return next(op for op in self.decoder.operations if isinstance(op, Head))
 
     def _check(self, batch: Batch) -> None:
         """The whole step, before any of its passes."""
         cache = self.executor.require_cache()
         check_batch(batch, self.decoder.config.n_vocab, cache.n_pages)
 
-    def _pass(self, batch: Batch) -> NDArray[np.float32]:
-        self._run(batch, runs(batch.logit_rows.tolist()))
-        logits = self.executor.lowering.arena["logits"]
-        wanted = DeviceArray(logits.address, (len(batch.logit_rows), logits.shape[1]), logits.dtype)
-        if not wanted.shape[0]:
-            return np.empty(wanted.shape, np.float32)
-        return self.executor.download(wanted)
+    def _passes(self, batch: Batch) -> list[_Pass]:
+        """If prompts have kernels of their own, rows are a prompt's when their slot has several."""
+        prompt_rows = self.executor.lowering.prompt_rows
+        if not prompt_rows:
+            return _pieces(batch, np.arange(len(batch.tokens)), self.executor.max_rows)
+        many = np.bincount(batch.slots)[batch.slots] > 1
+        return [
+            *_pieces(batch, np.flatnonzero(many), prompt_rows, prompt=True),
+            *_pieces(batch, np.flatnonzero(~many), self.executor.max_rows),
+        ]
 
-    def _run(self, batch: Batch, logit_runs: tuple[tuple[int, int], ...]) -> None:
+    def _pass(self, one: _Pass, logits: NDArray[np.float32]) -> None:
+        """Run it, and fill its rows of ``logits``: at once where they fit, else piece by piece."""
+        most, wanted = self.executor.max_rows, one.batch.logit_rows
+        at_once = len(wanted) <= most
+        step = self._run(one, runs(wanted.tolist()) if at_once else ())
+        source = self.executor.lowering.arena["logits"]
+        for start in range(0, len(wanted), most):
+            piece = wanted[start : start + most]
+            if not at_once:
+                part = replace(step, logit_runs=runs(piece.tolist()))
+                self.executor.run(list(self.executor.lowering.lower(self._head, part)))
+            array = DeviceArray(source.address, (len(piece), source.shape[1]), source.dtype)
+            logits[one.results[start : start + most]] = self.executor.download(array)
+
+    def _run(self, one: _Pass, logit_runs: tuple[tuple[int, int], ...]) -> Step:
+        batch = one.batch
         self.executor.bring(batch)
         longest = int(batch.positions.max()) + 1
-        step = Step(len(batch.tokens), 1 << (longest - 1).bit_length(), logit_runs)
+        step = Step(len(batch.tokens), 1 << (longest - 1).bit_length(), logit_runs, one.prompt)
         plan = self._plans.get(step)
         if plan is None:
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             plan = self._plans[step] = self.executor.lowering.launches(step)
         self.executor.run(plan)
+        return step
 
     def instrument(self) -> CUDAInstrument:
         """Times the steps of this runner kernel by kernel; its cache must be allocated."""
@@ -155,18 +182,27 @@ class CUDARunner:
         return self._graphs
 
 
-def _passes(batch: Batch, max_rows: int) -> list[Batch]:
-    """A batch in pieces of at most ``max_rows`` rows, in order."""
-    if len(batch.tokens) <= max_rows:
-        return [batch]
-    parts = []
-    for start in range(0, len(batch.tokens), max_rows):
-        rows = slice(start, start + max_rows)
-        inside = (batch.logit_rows >= start) & (batch.logit_rows < start + max_rows)
-        parts.append(
-            Batch(
-                batch.tokens[rows], batch.positions[rows], batch.slots[rows], batch.page_table,
-                (batch.logit_rows[inside] - start).astype(np.int32),
-            )
+@dataclass(frozen=True)
+class _Pass:
+    """Rows of a step that run together. results: which of the step's results theirs are."""
+
+    batch: Batch
+    prompt: bool
+    results: NDArray[np.int64]
+
+
+def _pieces(
+    batch: Batch, rows: NDArray[np.int64], most: int, *, prompt: bool = False
+) -> list[_Pass]:
+    """Those rows of a batch, at most ``most`` together, in order."""
+    passes = []
+    for start in range(0, len(rows), most):
+        some = rows[start : start + most]
+        results = np.flatnonzero(np.isin(batch.logit_rows, some))
+        logit_rows = np.searchsorted(some, batch.logit_rows[results]).astype(np.int32)
+        piece = Batch(
+            batch.tokens[some], batch.positions[some], batch.slots[some], batch.page_table,
+            logit_rows,
         )  # fmt: skip
-    return parts
+        passes.append(_Pass(piece, prompt, results))
+    return passes

@@ -66,7 +66,7 @@ def parts_of(index: int, op: Operation, launches: Sequence[Launch]) -> list[Part
     parts = []
     for launch, (name, works) in zip(launches, _kernels(op), strict=True):
         arithmetic = FMAS
-        if Work.MATMUL in works and launch.spec.name == "matmul":
+        if Work.MATMUL in works and launch.spec.name in ("matmul", "gemm"):
             arithmetic = TENSORS
         elif Work.MATMUL in works and dict(launch.spec.macros)["FLOAT_ACTIVATIONS"] == "0":
             arithmetic = DOTS

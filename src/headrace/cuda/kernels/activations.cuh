@@ -5,7 +5,9 @@
 // Σx: the rounding errors of Σ q_w q_x and Σ q_x then cancel where a weight is scale × q_w − min, and the
 // error of the dot goes with the weight, not with its quants.)
 //
-// For tensor cores (BRAIN) they are bfloat16 instead, as they come.
+// For tensor cores (BRAIN) they are bfloat16 instead, as they come, in tiles of 64 rows × 64 columns of 8 KB: a
+// row's 128 bytes together, of which piece i of 16 bytes lies at i ^ (row % 8). That is how wgmma reads
+// shared memory (its 128-byte swizzle), and eight rows' same pieces meet no bank twice.
 //
 // Groups are stored where eight lanes reading every other, every second or every fourth group of a
 // slice, as the block types do, meet no bank twice.
@@ -19,6 +21,9 @@
 constexpr int GROUP = 16;  // columns that are stored together: two scales
 DEVICE constexpr int padded(int k) { return (k + 511) / 512 * 512; }  // the swizzles permute within 512 columns
 
+constexpr int BRAIN_TILE = 64 * 64;  // values
+DEVICE constexpr int brain_tiles(int k) { return (k + 63) / 64; }  // of 64 rows; columns beyond k are zero
+
 DEVICE int quant_slot(int group) { return group ^ ((group >> 3 & 1) * 7); }   // units of 16 bytes
 DEVICE int scale_slot(int group) { return group ^ ((group >> 4 & 1) * 7); }   // units of 8 bytes
 
@@ -28,7 +33,11 @@ struct Row {
   int4* quants;     // [padded(k) / 16]
   uint2* scales;    // [padded(k) / 16]: (two bfloat16, Σ d q)
   float* squares;   // [k / 16]: Σ values² of each group, for the reader's RMS norm
-  u16* brain;       // [k]
+  u16* brain;       // its 64 values in the first tile
+  int line;         // within the tile
+  DEVICE u16* brain_at(int column) const {
+    return brain + column / 64 * BRAIN_TILE + ((column / 8 & 7) ^ (line & 7)) * 8 + column % 8;
+  }
 };
 
 DEVICE float low_scale(uint2 s) { return bits_to_float(s.x << 16); }
@@ -53,7 +62,7 @@ DEVICE void store_group(const Row& row, int column, float value, float gain, boo
   squares += shuffle_xor(squares, 8);
   if (BRAIN) {
     if (!live) return;
-    row.brain[column] = (u16)float_to_brain(v);
+    *row.brain_at(column) = (u16)float_to_brain(v);
     if (row.squares && column % GROUP == 0) row.squares[column / GROUP] = squares;
     return;
   }
@@ -75,16 +84,19 @@ DEVICE void store_group(const Row& row, int column, float value, float gain, boo
   }
 }
 
-// Rows of activations in device memory: row t of each array is `t × its width` further on.
+// Rows of activations in device memory, from row `first` on: row t of each array but brain is `t × its width`
+// further on.
 struct Rows {
   float* values;
   int4* quants;
   uint2* scales;
   float* squares;
   u16* brain;
+  int first;
   template <int WIDTH> DEVICE Row row(int t) const {
+    t += first;
     return {values ? values + (u64)t * WIDTH : nullptr, quants + (u64)t * (padded(WIDTH) / GROUP),
             scales + (u64)t * (padded(WIDTH) / GROUP), squares ? squares + (u64)t * (WIDTH / GROUP) : nullptr,
-            brain + (u64)t * WIDTH};
+            brain + (u64)(t / 64) * (brain_tiles(WIDTH) * BRAIN_TILE) + t % 64 * 64, t % 64};
   }
 };

@@ -111,6 +111,12 @@ inline void* first_stack_pointer(u8* top, void (*entry)()) {
 namespace host {
 constexpr size_t STACK = 64 << 10, SHARED = 256 << 10;
 
+struct Wgmma {
+  void (*run)(float*, const u32 (&)[4][4], const u8*);
+  float* d;
+  u32 rows[4][4];  // of A, of the quad's lanes
+  const u8* b;
+};
 struct Fibre {
   void* sp;
   const volatile u32* waits_on;  // runnable once this word differs from `seen`
@@ -118,6 +124,7 @@ struct Fibre {
   bool done;
   struct Copy16 { void* target; const void* source; };
   std::vector<std::vector<Copy16>> groups;  // cp.async groups in flight, the open one last
+  std::vector<Wgmma> wgmmas;                // not waited for
 };
 struct Slot { u32 word[6]; };
 struct Warp {
@@ -134,7 +141,7 @@ struct Barrier {  // lives in the kernel's u64
 static_assert(sizeof(Barrier) == 8);
 
 struct Block {
-  alignas(128) u8 shared[SHARED];
+  alignas(1024) u8 shared[SHARED];
   std::unique_ptr<u8[]> stacks;  // not zeroed: most of it is never touched
   u32 stacks_made;
   std::vector<Fibre> fibres;
@@ -332,6 +339,7 @@ DEVICE void sincos_turns(float turns, float* s, float* c) {
   *s = (float)sin(2 * M_PI * turns);
   *c = (float)cos(2 * M_PI * turns);
 }
+DEVICE float exp2_fast(float x) { return exp2f(x); }
 template <class T> DEVICE T load_fresh(const T* p) { return *p; }
 DEVICE void prefetch_l2(const void* p) { (void)*(const volatile u8*)p; }  // AddressSanitizer sees it
 DEVICE void fence_device() {}
@@ -387,6 +395,36 @@ DEVICE void mma_brain(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
 }
 
+// As Hopper's: nothing is read or added before the wait, so what changes too early shows.
+namespace host {
+template <int N> void wgmma_late(float* d, const u32 (&rows)[4][4], const u8* b) {
+  const u32 quad = threadIdx.x & 3;
+  for (int t = 0; t < N / 8; ++t)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k) {
+        const uintptr_t at = (uintptr_t)b + (8 * t + 2 * quad + (i & 1)) * 128 + k / 8 * 16;
+        u16 x;
+        memcpy(&x, (const u8*)(at ^ (at >> 7 & 7) << 4) + k % 8 * 2, 2);
+        d[4 * t + i] += brain_at(rows[(k & 7) >> 1][(i >> 1) + 2 * (k >> 3)], k & 1) * bits_to_float((u32)x << 16);
+      }
+}
+}  // namespace host
+template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], const void* b) {
+  const host::Slot* lanes = host::meet({{a[0], a[1], a[2], a[3]}});
+  host::Wgmma late{host::wgmma_late<N>, d, {}, (const u8*)b};
+  for (u32 q = 0; q < 4; ++q) memcpy(late.rows[q], lanes[(threadIdx.x & 28) + q].word, 16);
+  host::block.fibres[host::block.current].wgmmas.push_back(late);
+}
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit() {}
+DEVICE void wgmma_wait() {
+  auto& late = host::block.fibres[host::block.current].wgmmas;
+  for (auto& w : late) w.run(w.d, w.rows, w.b);
+  late.clear();
+  sync_warp();
+}
+template <class T> DEVICE void pin(T&) {}
+
 namespace host {
 inline void poison(void* p, u32 bytes) {
   memset(p, 0xff, bytes);
@@ -400,6 +438,11 @@ DEVICE void barrier_init_fence() {}
 DEVICE void barrier_arrive_expect(u64* barrier, u32 bytes) {
   host::Barrier* b = (host::Barrier*)barrier;
   b->bytes += (int32_t)bytes;
+  --b->pending;
+  host::barrier_check(b);
+}
+DEVICE void barrier_arrive(u64* barrier) {
+  host::Barrier* b = (host::Barrier*)barrier;
   --b->pending;
   host::barrier_check(b);
 }

@@ -13,6 +13,7 @@
 // Macros: K; TYPE0…2, N0…2; PAIRED, NORM, EPS, EPILOGUE as in matvec.cu; ROWS (of x, at once: 8, 16 or 32);
 // WARPS (a multiple of 8); STAGES; and the epilogue's own.
 #include "epilogues.cuh"
+#include "fragments.cuh"
 #include "segments.cuh"
 
 constexpr int MT = WARPS / 4;  // of 16 rows of W each
@@ -100,7 +101,7 @@ DEVICE void request_x(const MatmulArgs& a, u8* stage, int first_row, int rows, i
     u8* target = stage + x_slot(row, u) * 16;
     if (row >= rows || u >= units) *(uint4*)target = make_uint4(0, 0, 0, 0);  // 0 × NaN is NaN
     else {
-      const u16* source = a.in.row<K>(first_row + row).brain + slice * TILE_COLUMNS + u * 8;
+      const u16* source = a.in.row<K>(first_row + row).brain_at(slice * TILE_COLUMNS + u * 8);
 #if ARCH >= 80
       copy_async16(target, source);
 #else
@@ -113,22 +114,15 @@ DEVICE void request_x(const MatmulArgs& a, u8* stage, int first_row, int rows, i
 #endif
 }
 
-// Sixteen weights of a lane (one group of one row) as bfloat16: w[j] holds columns 2j and 2j + 1. A byte
-// becomes a float without a conversion: as the upper mantissa of 128 (or, if it has eight bits and a sign, of
-// 32,768) it stands for that much more, which the offset takes away.
+// Sixteen weights of a lane (one group of one row) as bfloat16: w[j] holds columns 2j and 2j + 1.
 template <bool SIGNED> DEVICE void to_brain(u32 (&w)[8], const int (&q)[4], float2 weigh) {
-  const float offset = fmaf(SIGNED ? -32896.f : -128.f, weigh.x, weigh.y);
+  const float offset = biased_offset<SIGNED>(weigh);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const u32 biased = SIGNED ? pick_bytes((u32)q[i] ^ 0x80808080u, 0x47000000u, 0x7404u | (u32)j << 4)
-                                : pick_bytes((u32)q[i], 0x43000000u, 0x7044u | (u32)j << 8);
-      v[j] = fmaf(bits_to_float(biased), weigh.x, offset);
-    }
-    w[2 * i] = pack_brain2(v[0], v[1]);
-    w[2 * i + 1] = pack_brain2(v[2], v[3]);
+    u32 pair[2];
+    to_brain4<SIGNED>(pair, (u32)q[i], weigh.x, offset);
+    w[2 * i] = pair[0];
+    w[2 * i + 1] = pair[1];
   }
 }
 DEVICE void to_brain(u32 (&w)[8], const float* v) {

@@ -2,6 +2,7 @@
 // can do. ARCH (75, 80, 90, …) picks the implementation. host_primitives.hpp gives the same names a
 // CPU meaning, so that the kernels themselves run, unchanged, in tests on machines without a GPU.
 #pragma once
+#define WGMMA (ARCH == 90)  // Hopper's own: no other generation has it
 #ifdef HEADRACE_HOST
 #include "host_primitives.hpp"
 #else
@@ -14,7 +15,7 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define KERNEL(threads, blocks_per_sm) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define ARGS(type, name) const __grid_constant__ type name
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 #define HOST_ENTRY(kernel, args)
 
 #define INFINITY __uint_as_float(0x7f800000u)
@@ -31,6 +32,8 @@ DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h
 DEVICE float bits_to_float(u32 u) { return __uint_as_float(u); }
 DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turns, s, c); }
+
+DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
 // Loads that skip L1: for what another block or kernel wrote.
 template <class T> DEVICE T load_fresh(const T* p) { return __ldcg(p); }
@@ -109,11 +112,52 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
                  : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
   } while (!done);
 }
+DEVICE void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // bytes and both addresses are multiples of 16.
 DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
+#endif
+#if WGMMA
+// D[64, N] += A[64, 16] B[N, 16]ᵀ by four warps together, bfloat16 operands and f32 sums, asynchronously: D and A
+// are a warp's sixteen rows of mma.m16n8k16, side by side. B, in shared memory, is 16 columns of a tile of 128-byte
+// rows under the 128-byte swizzle: b is where they begin in the first row.
+DEVICE u64 wgmma_descriptor(const void* b) {
+  // Start, and 1,024 bytes from eight rows to the next, in units of 16 bytes; the swizzle's code.
+  return (u64)((shared_address(b) & 0x3ffffu) >> 4) | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
+}
+#define SUMS4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS16(d, i) SUMS4(d, i), SUMS4(d, i + 4), SUMS4(d, i + 8), SUMS4(d, i + 12)
+template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], const void* b);
+template <> DEVICE void wgmma_brain<64>(float (&d)[32], const u32 (&a)[4], const void* b) {
+  asm volatile(
+      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+      "}, {%32,%33,%34,%35}, %36, accumulate, 1, 1, 0; }"
+      : SUMS16(d, 0), SUMS16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)));
+}
+template <> DEVICE void wgmma_brain<128>(float (&d)[64], const u32 (&a)[4], const void* b) {
+  asm volatile(
+      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, {%64,%65,%66,%67}, %68, accumulate, 1, 1, 0; }"
+      : SUMS16(d, 0), SUMS16(d, 16), SUMS16(d, 32), SUMS16(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)));
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// To the compiler a value is used and changed here: neither may it move, nor its register be another's before.
+DEVICE void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+DEVICE void pin(u32& v) { asm volatile("" : "+r"(v)::"memory"); }
 #endif
 #if ARCH >= 80
 DEVICE void copy_async16(void* target, const void* source) {
