@@ -62,8 +62,8 @@ CONTEXT = np.dtype(
         for name in (
             # Fixed at load: tables, and where each activation of Buffers is.
             *("operations", "matmuls", "d_model", *Buffers._fields, "max_rows", "max_angles"),
-            # The cache: keys and values, halves [n_layers, n_pages, n_kv_heads, page_halves].
-            *("keys", "values", "n_pages", "page_halves"),
+            # The cache: keys and values, halves [n_pages, n_layers, n_kv_heads, page_halves].
+            *("keys", "values", "n_pages", "n_layers", "page_halves"),
             # A step: operations first … last - 1, and per row (int32) its position, its sequence's
             # page table [n_rows, max_pages], the rows whose logits are wanted, and runs of rows for
             # attention (first row, rows).

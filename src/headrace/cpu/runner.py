@@ -79,13 +79,16 @@ class CPURunner:
     def allocate_cache(self, n_pages: int) -> None:
         c = self.decoder.config
         page = head_stride(c.head_dim) * PAGE_SIZE
-        shape = (c.n_layers, n_pages, c.n_kv_heads, page)
+        # A page of all layers together: they are used together, and the system brings memory in
+        # pieces of two megabytes, which a first token would otherwise need for every layer.
+        shape = (n_pages, c.n_layers, c.n_kv_heads, page)
         self._drop_cache()
         check_cache_memory(n_pages, 2 * math.prod(shape) * np.dtype(np.uint16).itemsize)
         for name in ("keys", "values"):
             # Zeros from the system: untouched pages take no memory.
             self._share(name, np.zeros(shape, np.uint16))
-        self._context["n_pages"], self._context["page_halves"] = n_pages, page
+        for name, value in (("n_pages", n_pages), ("n_layers", c.n_layers), ("page_halves", page)):
+            self._context[name] = value
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         logits = np.empty((len(batch.logit_rows), self.decoder.config.n_vocab), np.float32)
@@ -116,7 +119,7 @@ class CPURunner:
     def copy_page(self, source: int, target: int) -> None:
         check_copy(source, target, self._n_pages())
         for name in ("keys", "values"):
-            self._arrays[name][:, target] = self._arrays[name][:, source]
+            self._arrays[name][target] = self._arrays[name][source]
 
     def close(self) -> None:
         if self._team is not None:

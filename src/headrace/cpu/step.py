@@ -199,7 +199,7 @@ def _add_normed(c, op, n_rows, member, n_threads):
 @compiled
 def _page_address(c, layer, page, n_kv_heads, head):
     """Bytes from the start of the keys, or of the values, to one head's part of a page."""
-    return 2 * c.page_halves * ((layer * c.n_pages + page) * n_kv_heads + head)
+    return 2 * c.page_halves * ((page * c.n_layers + layer) * n_kv_heads + head)
 
 
 @compiled
@@ -259,7 +259,7 @@ def _attend(c, op, n_rows, n_threads, counter, scratch):
         attend_block(
             q[row : row + count], out[row : row + count], positions[row : row + count],
             pages[row], count, head, together, head_dim, op.scale, op.window, op.softcap,
-            c.keys + at, c.values + at, 2 * c.page_halves * n_kv,
+            c.keys + at, c.values + at, _page_address(c, 0, 1, n_kv, 0),
             c.scores_kernel, c.values_kernel, scratch,
         )  # fmt: skip
 

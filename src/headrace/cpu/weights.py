@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from mmap import MADV_HUGEPAGE, mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class Weights:
     def load(self, threads: int) -> None:
         """Bring every matrix into its place. DeviceMemoryError when there is no room for them."""
         check_host_memory("weights", self._n_bytes, "use a smaller model or quantisation")
-        self._memory = mmap(-1, max(self._n_bytes, 1))
+        # Private: shared memory, mmap's default, gets no huge pages.
+        self._memory = mmap(-1, max(self._n_bytes, 1), MAP_PRIVATE | MAP_ANONYMOUS)
         self._memory.madvise(MADV_HUGEPAGE)
         self._base = np.frombuffer(self._memory, np.uint8).ctypes.data
         run = interleave_library().function("interleave", 9)
