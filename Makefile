@@ -1,5 +1,5 @@
 # Chores by one word. Run them in a virtual environment: pip install -e '.[dev]'
-.PHONY: test lint format types bench compare figures profile ci clean
+.PHONY: test lint format types bench compare figures profile gpu ci clean
 
 test:
 	pytest
@@ -39,8 +39,18 @@ profile:
 	HEADRACE_PROFILE_SCREENSHOT=$(CURDIR)/docs/profile.png pytest tests/profile/test_page.py
 	headrace profile smollm2
 
-llama-1b-Q4_K_M.gguf:
-	headrace synth llama-1b Q4_K_M -o $@
+# What a GPU alone can tell, its receipts kept. Slow: an hour, of which the models' making is half.
+GPU ?= bench/results/nvidia-h100
+gpu: llama-1b-Q4_K_M.gguf llama-8b-Q4_K_M.gguf
+	mkdir -p $(GPU)
+	pytest -m gpu
+	python bench/gpu.py --json $(GPU)/decode.json
+	python bench/accuracy.py smollm2 gemma3:270m --device cuda --products dots tensor prompts floats
+	python bench/endurance.py llama-1b-Q4_K_M.gguf --device cuda
+	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256
+
+llama-%-Q4_K_M.gguf:
+	headrace synth llama-$* Q4_K_M -o $@
 
 ci:
 	.ci/run

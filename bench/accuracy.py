@@ -3,7 +3,9 @@
     python bench/accuracy.py smollm2 gemma3:270m --device cpu
 
 Teacher-forces the golden cases and the perplexity text of tests/data/golden on the device and on
-the float32 reference. Exit code 1 if a limit is not met, 2 if a model cannot be measured.
+the float32 reference. With ``--products`` a GPU goes another way than it does by default: bfloat16
+on tensor cores (``tensor``, ``gemm``), for prompts alone (``prompts``), or float32 (``floats``).
+Exit code 1 if a limit is not met, 2 if a model cannot be measured.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from typing import Any
 
 from headrace import hub
 from headrace.devices import load_runner
-from headrace.errors import HeadraceError, ModelError
+from headrace.errors import DeviceError, HeadraceError, ModelError
 from headrace.gguf.reader import open_gguf
 from headrace.model import load_decoder
+from headrace.model.decoder import Decoder
 from headrace.reference.accuracy import Accuracy, Golden, measure, read_golden
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "tests" / "data" / "golden"
@@ -37,15 +40,44 @@ def golden_of(path: Path) -> Golden:
     raise ModelError(f"{path}: no golden data for this file; there is some for {names}")
 
 
-def measure_file(path: Path, device: str, threads: int | None) -> dict[str, Any]:
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "dots": {},
+    "tensor": {"tensor_cores": True},
+    "gemm": {"tensor_cores": True, "gemm": True},
+    "prompts": {"prompt_rows": 1024},
+    "floats": {"float_activations": True},
+}
+"""Options of the CUDA backend."""
+
+
+def load_other(
+    decoder: Decoder, device: str, threads: int | None, products: str | None
+) -> tuple[Any, str]:
+    """The runner to measure, and its name."""
+    if products is None:
+        runner: Any = load_runner(decoder, device, threads=threads)
+        return runner, runner.device_name
+    if device != "cuda":
+        raise DeviceError(f"--products is about --device cuda, not {device}")
+    from headrace.cuda.products import Tuning
+    from headrace.cuda.runner import CUDARunner
+
+    options = dict(PRODUCTS[products])
+    tuning = Tuning(gemm=options.pop("gemm", False))
+    runner = CUDARunner(decoder, tuning=tuning, **options)
+    return runner, f"{runner.device_name}, {products}"
+
+
+def measure_file(
+    path: Path, device: str, threads: int | None, products: str | None
+) -> dict[str, Any]:
     """Measure one model file; the result is ready for JSON."""
     golden = golden_of(path)
     decoder = load_decoder(open_gguf(path))
     reference = load_runner(decoder, "reference")
-    other = load_runner(decoder, device, threads=threads)
+    other, device_name = load_other(decoder, device, threads, products)
     try:
         accuracy = measure(reference, other, golden)
-        device_name = other.device_name
     finally:
         reference.close()
         other.close()
@@ -108,18 +140,20 @@ def main() -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a known name or a path")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "reference"])
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--products", nargs="+", choices=list(PRODUCTS), default=[None])
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     arguments = parser.parse_args()
     results = []
     for model in arguments.models:
         try:
             path = Path(hub.resolve(model))
-            results.append(measure_file(path, arguments.device, arguments.threads))
+            for products in arguments.products:
+                results.append(measure_file(path, arguments.device, arguments.threads, products))
+                if not arguments.json:
+                    print(table(results[-1]), flush=True)
         except HeadraceError as error:
             print(f"error: {model}: {error}", file=sys.stderr)
             return 2
-        if not arguments.json:
-            print(table(results[-1]), flush=True)
     if arguments.json:
         print(json.dumps(results, indent=2))
     return 1 if any(result["failures"] for result in results) else 0

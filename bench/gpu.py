@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,35 @@ def weight_bytes(launch: Launch, runner: CUDARunner) -> int:
     return sum(sizes[address] for address in addresses if address)
 
 
-def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
-    """Each kind of launch of one token, timed as a graph of all its occurrences in a row."""
+def weight_count(launch: Launch) -> int:
+    """Weights that each row of a launch meets; 0 where it multiplies by no matrix."""
+    macros = dict(launch.spec.macros)
+    if "N0" not in macros:
+        return 0
+    return int(macros["K"]) * sum(int(macros[f"N{i}"]) for i in range(3))
+
+
+def print_parts(parts: list[dict[str, Any]], ceiling: float) -> None:
+    for part in parts:
+        print(
+            f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us "
+            f"{part['gb_per_s']:7,.0f} GB/s = {part['gb_per_s'] / ceiling:.1%} "
+            f"{part['tflops']:6.1f} TFLOP/s",
+            flush=True,
+        )
+    print(f"  sum of parts {sum(part['us'] * part['count'] for part in parts):.0f} us", flush=True)
+
+
+def breakdown(runner: CUDARunner, first: int, n: int = 1) -> list[dict[str, Any]]:
+    """Each kind of launch of a step of ``n`` tokens from position ``first`` on, timed as a graph of
+    all its occurrences in a row."""
     executor = runner.executor
     device = executor.device
-    pages = np.arange(depth // PAGE_SIZE + 1, dtype=np.int32)[None]
-    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    executor.bring(Batch(one, one * depth, zero, pages, zero))
-    step = Step(1, depth + 1, ((0, 1),))
+    positions = np.arange(first, first + n, dtype=np.int32)
+    pages = np.arange(int(positions[-1]) // PAGE_SIZE + 1, dtype=np.int32)[None]
+    executor.bring(Batch(positions % 100, positions, positions * 0, pages, positions[-1:] - first))
+    prompt = n > 1 and executor.lowering.prompt_rows > 0
+    step = Step(n, int(positions[-1]) + 1, ((n - 1, 1),), prompt)
     kinds: dict[str, list[Launch]] = {}
     for operation in runner.decoder.operations:
         for launch in executor.lowering.lower(operation, step):
@@ -134,8 +156,10 @@ def breakdown(runner: CUDARunner, depth: int) -> list[dict[str, Any]]:
         time_us = timed(device, graph.launch)["median"] / len(repeated)
         graph.close()
         n_bytes = sum(weight_bytes(launch, runner) for launch in launches) / len(launches)
+        weights = sum(weight_count(launch) for launch in launches) / len(launches)
         rows.append({"kind": kind, "count": len(launches), "us": time_us,
-                     "gb_per_s": n_bytes / time_us / 1e3, "bytes": n_bytes})  # fmt: skip
+                     "gb_per_s": n_bytes / time_us / 1e3, "bytes": n_bytes,
+                     "tflops": 2 * n * weights / time_us / 1e6})  # fmt: skip
     return rows
 
 
@@ -215,7 +239,10 @@ def measure(
     decoder: Decoder, name: str, mode: str, ceiling: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    runner = CUDARunner(decoder, tensor_cores=mode == "tensor", tuning=Tuning(*options.tuning))
+    runner = CUDARunner(
+        decoder, tensor_cores=mode != "dots", prompt_rows=options.prompt_rows,
+        tuning=replace(Tuning(*options.tuning), gemm=mode == "gemm"),
+    )  # fmt: skip
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
     launches = runner.executor.lowering.launches(Step(1, 64, ((0, 1),)))
@@ -233,19 +260,17 @@ def measure(
             flush=True,
         )
     parts = breakdown(runner, options.depths[0])
-    for part in parts:
-        print(
-            f"  {part['kind']:28} x{part['count']:3} {part['us']:8.2f} us "
-            f"{part['gb_per_s']:7,.0f} GB/s = {part['gb_per_s'] / ceiling:.1%}",
-            flush=True,
-        )
-    print(f"  sum of parts {sum(part['us'] * part['count'] for part in parts):.0f} us", flush=True)
+    print_parts(parts, ceiling)
     curve = row_curve(runner, options.rows)
     prompts = [prefill(runner, n) for n in options.prompts]
     for one in curve:
         print(f"  {one['rows']:3} sequences: {one['tok_per_s']:.0f} tok/s in all", flush=True)
     for one in prompts:
         print(f"  prompt of {one['tokens']}: {one['tok_per_s']:.0f} tok/s", flush=True)
+    step = min(options.prompts[-1], options.prompt_rows or runner.executor.max_rows)
+    of_prompt = breakdown(runner, 0, step)
+    print(f"  {step} tokens of a prompt:", flush=True)
+    print_parts(of_prompt, ceiling)
     runner.close()
     return {
         "model": name,
@@ -258,6 +283,8 @@ def measure(
         "breakdown": parts,
         "rows": curve,
         "prefill": prompts,
+        "prompt_rows": options.prompt_rows,
+        "prompt_breakdown": of_prompt,
     }
 
 
@@ -265,10 +292,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
-    parser.add_argument("--products", nargs="*", default=["dots", "tensor"])
+    parser.add_argument("--products", nargs="*", default=["dots", "tensor", "gemm"])
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512])
+    parser.add_argument(
+        "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    )
+    parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512, 4096])
+    parser.add_argument("--prompt-rows", type=int, default=1024, help="0: prompts go like rows")
     parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--commit", help="for the receipt, where git cannot tell")

@@ -98,14 +98,18 @@ def prompts(device: PaperDevice) -> list[Launch]:
         return products.gemm(device, matrices, x, epilogue, rows, **how)
 
     llama, made = CacheShape(32, 8, 128, 128), []
-    made.extend(gemm([matrix(qtype, 1000, 2048)], c.Store(), 1024, macros=LOGITS) for qtype in Q)
+    if device.target in ("80", "90a"):  # the two ways to multiply
+        made.extend(gemm([matrix(t, 1000, 2048)], c.Store(), 1024, macros=LOGITS) for t in Q)
     qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
-    for rows in (64, 512, 1024):
-        made.append(gemm(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
-        made.extend(gemm([matrix(q, 4096, 14336)], c.Residual(), rows) for q in (Q.Q4_K, Q.Q6_K))
-        pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
-        how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
-        made.append(gemm(pair, c.Product(), rows, **how))
+    few = products.SplitWork(256, 1 << 30, 256)
+    how = {"norm_eps": 1e-5, "macros": llama.macros}
+    made.append(gemm(qkv, c.Rotary(), 32, work=few, **how))
+    made.append(gemm([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), 8, work=few))
+    made.append(gemm(qkv, c.Rotary(), 512, **how))
+    made.append(gemm([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), 1024))
+    pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
+    how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
+    made.append(gemm(pair, c.Product(), 1024, **how))
     arguments = c.PromptAttend(n_rows=512)
     for shape, window, softcap in SHAPES:
         how = {"scale": 0.1, "window": window, "softcap": softcap}

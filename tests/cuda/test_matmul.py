@@ -25,7 +25,7 @@ from headrace.cuda import arguments as c
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.host import HostDevice
 from headrace.cuda.layout import tile_block
-from headrace.cuda.products import gemm, matmul
+from headrace.cuda.products import SplitWork, gemm, matmul, split_room
 from headrace.errors import DeviceError
 from headrace.gguf.types import QuantType
 
@@ -129,10 +129,41 @@ def test_every_number_of_tokens_at_once(
     y = poisoned(tensor_device, (rows, n))
     monkeypatch.setattr("headrace.cuda.products.TOKENS_AT_ONCE", (tokens,))
     a, store = upload_activations(tensor_device, x), c.Store(y.address)
+    if tokens == 256 and tensor_device.arch != 90:
+        with pytest.raises(DeviceError, match="no gemm variant"):
+            gemm(tensor_device, [matrix], a, store, rows, macros=LOGITS)
+        return
     launch = gemm(tensor_device, [matrix], a, store, rows, macros=LOGITS)
     assert dict(launch.spec.macros)["TOKENS"] == str(tokens)
     tensor_device.launch(launch)
     assert relative(tensor_device.download(y), seen @ rounded(weights).T) < ROUNDED
+
+
+@pytest.mark.parametrize("qtype", [QuantType.Q5_0, QuantType.Q3_K])
+def test_columns_split_among_blocks(tensor_device: Device, qtype: QuantType) -> None:
+    """Few rows: a row is the same whoever travels with it, and the counters are as they were."""
+    rng = np.random.default_rng(4)
+    n, k, rows = 70, 3072, 19
+    matrix, weights, _ = random_matrix(tensor_device, rng, qtype, n, k)
+    x, seen = rows_of(rng, rows, k)
+    floats, counters = split_room(tensor_device, [n], k, rows, paired=False)
+    arrived = put(tensor_device, np.zeros(counters, np.uint32))
+    work = SplitWork(poisoned(tensor_device, (floats,)).address, floats, arrived.address)
+    results = []
+    for some in (x, x[-3:], x):
+        y, a = poisoned(tensor_device, (len(some), n)), upload_activations(tensor_device, some)
+        store = c.Store(y.address)
+        launch = gemm(tensor_device, [matrix], a, store, len(some), macros=LOGITS, work=work)
+        assert launch.grid[2] > 1
+        tensor_device.launch(launch)
+        results.append(tensor_device.download(y))
+    assert relative(results[0], seen @ rounded(weights).T) < ROUNDED
+    np.testing.assert_array_equal(results[0][-3:], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+    assert not tensor_device.download(arrived).any()
+    small = SplitWork(work.partial, floats - 1, work.arrived)
+    with pytest.raises(DeviceError, match="partial sums, room for"):
+        gemm(tensor_device, [matrix], a, store, rows, macros=LOGITS, work=small)
 
 
 def test_three_matrices_of_three_types_with_norm_and_bias(

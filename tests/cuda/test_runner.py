@@ -11,6 +11,7 @@ import pytest
 
 from headrace.backend import DecodeRow
 from headrace.cuda.device import Device
+from headrace.cuda.products import Tuning
 from headrace.cuda.runner import CUDARunner
 from headrace.errors import ContextOverflowError, DeviceError
 from headrace.gguf.reader import open_gguf
@@ -93,12 +94,14 @@ def decode_row(tokens: list[int], pages: list[int], params=GREEDY, seed: int = 0
     return DecodeRow(tokens, pages, len(tokens) - 1, params, seed)
 
 
+@pytest.mark.parametrize("gemm", [False, True])
 @pytest.mark.parametrize("shape", ["llama-tiny", "qwen3-tiny", "gemma3-tiny"])
-def test_tensor_cores(device: Device, synthetic, shape: str) -> None:
+def test_tensor_cores(device: Device, synthetic, shape: str, gemm: bool) -> None:
     """Closer than int8 activations; a row is the same alone, in chunks, and beside others."""
     decoder, tokens = synthetic(shape, "Q4_K_M"), TOKENS[:9]
     wanted = logits_of(ReferenceRunner(decoder), tokens, (9,))
-    runner = CUDARunner(decoder, device, max_rows=16, tensor_cores=True)
+    tuning = Tuning(gemm=gemm)
+    runner = CUDARunner(decoder, device, max_rows=16, tensor_cores=True, tuning=tuning)
     got = logits_of(runner, tokens, (9,))
     assert relative(got, wanted) < 0.02
     np.testing.assert_array_equal(logits_of(runner, tokens, (8, 1)), got)

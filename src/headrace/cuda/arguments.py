@@ -107,6 +107,26 @@ def _matmul(out: type[Structure]) -> type[Structure]:
 _MATMUL = {out: _matmul(out) for out in EPILOGUES}
 
 
+def gemm_arguments(epilogue: Epilogue) -> type[Structure]:
+    return _GEMM[type(epilogue)]
+
+
+def _gemm(out: type[Structure]) -> type[Structure]:
+    fields = [
+        ("weights", c_void_p * 3),
+        ("bias", c_void_p * 3),
+        ("x", Rows),
+        ("out", out),
+        ("partial", c_void_p),
+        ("arrived", c_void_p),
+        ("n_rows", c_int),
+    ]
+    return type(f"Gemm{out.__name__}", (Structure,), {"_fields_": fields})
+
+
+_GEMM = {out: _gemm(out) for out in EPILOGUES}
+
+
 class Embed(Structure):
     _fields_ = [("weights", c_void_p), ("tokens", c_void_p), ("x", Rows), ("gain", c_void_p)]
 

@@ -120,6 +120,16 @@ class Lowering:
         self.arena.reserve("attention splits", (rows, n_heads, splits, dim), np.float32)
         self.arena.reserve("attention maxima", (rows, n_heads, splits, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
+        if self.tensor_cores and self.tuning.gemm:
+            rooms = [
+                products.split_room(
+                    self.device, [linear.n for linear in linears], linears[0].k, rows,
+                    paired=isinstance(op, FeedForwardIn),
+                )
+                for op, linears in _products(self.decoder)
+            ]  # fmt: skip
+            self.arena.reserve("split sums", (max(floats for floats, _ in rooms),), np.float32)
+            self.arena.reserve("split arrivals", (max(n for _, n in rooms),), np.uint32)
 
     def _reads_floats(self, *linears: Linear) -> bool:
         return self.floats or any(
@@ -169,8 +179,9 @@ class Lowering:
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
-        arrivals = self.arena["attention arrivals"]
-        self.device.clear(arrivals.address, arrivals.n_bytes)
+        for name in ("attention arrivals", "split arrivals"):
+            if arrivals := self.arena.get(name):
+                self.device.clear(arrivals.address, arrivals.n_bytes)
 
     def require_inputs(self) -> Inputs:
         if self.inputs is None:
@@ -306,6 +317,13 @@ class Lowering:
         first, n = rows or (0, step.n_rows)
         if step.prompt and rows is None:
             return products.gemm(device, matrices, x, epilogue, n, norm_eps=eps, macros=macros)
+        sums, arrivals = self.arena.get("split sums"), self.arena.get("split arrivals")
+        if sums and arrivals and first % 64 == 0 and not step.prompt:
+            work = products.SplitWork(sums.address, sums.shape[0], arrivals.address)
+            return products.gemm(
+                device, matrices, x, epilogue, n,
+                first_row=first, norm_eps=eps, macros=macros, work=work,
+            )  # fmt: skip
         if self.brain(step):
             return products.matmul(
                 device, matrices, x, epilogue, n, first_row=first, norm_eps=eps, macros=macros
@@ -315,6 +333,18 @@ class Lowering:
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
             macros=macros, tuning=self.tuning,
         )  # fmt: skip
+
+
+def _products(decoder: Decoder) -> Iterator[tuple[Operation, list[Linear]]]:
+    """The matrices that each operation multiplies one x by."""
+    for op in decoder.operations:
+        match op:
+            case ProjectQKV():
+                yield op, [op.q, op.k, op.v]
+            case FeedForwardIn():
+                yield op, [op.gate, op.up]
+            case ProjectOut(out=linear) | FeedForwardOut(down=linear) | Head(out=linear):
+                yield op, [linear]
 
 
 def _next_norms(decoder: Decoder) -> list[Norm]:

@@ -3,7 +3,8 @@
 // own, and the tiles (blocks.cuh) are read straight from device memory.
 //
 // Weights<TYPE>::Raw is what 64 columns take, as they lie in memory: load() only loads, so that it can run a
-// step ahead, and unpack() makes bfloat16 of it, rounded once.
+// step ahead, and unpack() makes bfloat16 of it, rounded once. Steps go through a block of 256 in order, as its
+// quarters 0 … 3: what all of them need is loaded with the first.
 #pragma once
 #include "blocks.cuh"
 
@@ -41,10 +42,17 @@ struct Bytes4 {
 };
 constexpr u32 NIBBLES = 0x0f0f0f0fu, ONES = 0x01010101u, TWOS = 0x03030303u;
 
-// Where 64 columns lie: step s of a slice whose rows have `blocks` blocks; row: within its tile.
+// Where a block lies: 64 columns, or the 256 of four steps; row: within its tile; step: within its slice.
 struct At {
   const u8* tile;
-  int blocks, row, step, q;
+  int blocks, row, q, step = 0, slice = 0;
+  template <class T, int STEPS> DEVICE void advance() {  // T: the matrix's Tiles
+    step += STEPS;
+    if (step < STEPS_A_SLICE) return;
+    step = 0;
+    tile += T::FULL_BYTES;
+    blocks = T::blocks(++slice);
+  }
 };
 
 template <int TYPE> struct Weights;
@@ -53,11 +61,18 @@ template <int TYPE> struct Weights;
 // scales are zero then.
 template <int TYPE> struct Pairs : Block<TYPE> {
   using B = Block<TYPE>;
-  static DEVICE int index(const At& at, int half) { return at.row * at.blocks + min(2 * at.step + half, at.blocks - 1); }
-  static DEVICE bool exists(const At& at, int half) { return 2 * at.step + half < at.blocks; }
-  template <int P> static DEVICE const u8* field(const At& at, int half) { return B::template field<P>(at.tile, at.blocks, index(at, half)); }
-  template <int P> static DEVICE u32 half_word(const At& at, int half) { return exists(at, half) ? *(const u16*)field<P>(at, half) : 0; }
-  template <int P> static DEVICE u32 word(const At& at, int half) { return exists(at, half) ? load32(field<P>(at, half)) : 0; }
+  static constexpr int STEPS = 1;
+  static DEVICE int block(const At& at, int quarter, int half) { return 2 * (at.step + quarter) + half; }
+  static DEVICE bool exists(const At& at, int quarter, int half) { return block(at, quarter, half) < at.blocks; }
+  template <int P> static DEVICE const u8* field(const At& at, int quarter, int half) {
+    return B::template field<P>(at.tile, at.blocks, at.row * at.blocks + min(block(at, quarter, half), at.blocks - 1));
+  }
+  template <int P> static DEVICE u32 half_word(const At& at, int quarter, int half) {
+    return exists(at, quarter, half) ? *(const u16*)field<P>(at, quarter, half) : 0;
+  }
+  template <int P> static DEVICE u32 word(const At& at, int quarter, int half) {
+    return exists(at, quarter, half) ? load32(field<P>(at, quarter, half)) : 0;
+  }
 };
 // The fifth bits of a lane's four columns of group `part` of a block, at bit 4 of each byte.
 DEVICE u32 fifth_bits(u32 fifth, int part, int q) {
@@ -72,11 +87,11 @@ DEVICE float2 centred(u32 d, float zero) {
 
 template <> struct Weights<Q4_0> : Pairs<Q4_0> {
   struct Raw { Bytes4 q[2]; u32 d[2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, i), at.q), r.d[i] = half_word<1>(at, i);
+    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, quarter, i), at.q), r.d[i] = half_word<1>(at, quarter, i);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 w = centred(r.d[i], 8.f);
@@ -87,11 +102,11 @@ template <> struct Weights<Q4_0> : Pairs<Q4_0> {
 };
 template <> struct Weights<Q4_1> : Pairs<Q4_1> {
   struct Raw { Bytes4 q[2]; u32 dm[2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, i), at.q), r.dm[i] = word<1>(at, i);
+    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, quarter, i), at.q), r.dm[i] = word<1>(at, quarter, i);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 w = scale_and_min(r.dm[i]);
@@ -102,113 +117,116 @@ template <> struct Weights<Q4_1> : Pairs<Q4_1> {
 };
 template <> struct Weights<Q5_0> : Pairs<Q5_0> {
   struct Raw { Bytes4 q[2]; u32 fifth[2], d[2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      r.q[i].load(field<0>(at, i), at.q), r.fifth[i] = word<1>(at, i), r.d[i] = half_word<2>(at, i);
+      r.q[i].load(field<0>(at, quarter, i), at.q), r.fifth[i] = word<1>(at, quarter, i), r.d[i] = half_word<2>(at, quarter, i);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 w = centred(r.d[i], 16.f);
-      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, at.q), w);
-      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, at.q), w);
+      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, q), w);
+      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, q), w);
     }
   }
 };
 template <> struct Weights<Q5_1> : Pairs<Q5_1> {
   struct Raw { Bytes4 q[2]; u32 fifth[2], dm[2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      r.q[i].load(field<0>(at, i), at.q), r.fifth[i] = word<1>(at, i), r.dm[i] = word<2>(at, i);
+      r.q[i].load(field<0>(at, quarter, i), at.q), r.fifth[i] = word<1>(at, quarter, i), r.dm[i] = word<2>(at, quarter, i);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 w = scale_and_min(r.dm[i]);
-      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, at.q), w);
-      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, at.q), w);
+      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, q), w);
+      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, q), w);
     }
   }
 };
 template <> struct Weights<Q8_0> : Pairs<Q8_0> {
   struct Raw { Bytes4 q[4]; u32 d[2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      r.q[2 * i].load(field<0>(at, i), at.q);
-      r.q[2 * i + 1].load(field<1>(at, i), at.q);
-      r.d[i] = half_word<2>(at, i);
+      r.q[2 * i].load(field<0>(at, quarter, i), at.q);
+      r.q[2 * i + 1].load(field<1>(at, quarter, i), at.q);
+      r.d[i] = half_word<2>(at, quarter, i);
     }
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int g = 0; g < 4; ++g) to_brain4<true>(o.w[g], r.q[g].word(), centred(r.d[g >> 1], 0.f));
   }
 };
 
-// Blocks of 256 values: the 64 columns are quarter j of one.
+// Blocks of 256 values: the 64 columns are a quarter of one.
 template <int TYPE> struct Quarters : Block<TYPE> {
   using B = Block<TYPE>;
-  template <int P> static DEVICE const u8* field(const At& at) { return B::template field<P>(at.tile, at.blocks, at.row * at.blocks + (at.step >> 2)); }
+  static constexpr int STEPS = 4;
+  // What a quarter has of a field that lies in 1, 2 or 4 parts.
+  template <int P, int PARTS = 1> static DEVICE const u8* field(const At& at, int quarter = 0) {
+    constexpr int SIZE = B::template size<P>();
+    return at.tile + B::template offset<P>(at.blocks) + (at.row * at.blocks + at.step / 4) * SIZE + quarter * PARTS / 4 * (SIZE / PARTS);
+  }
 };
 template <> struct Weights<Q2_K> : Quarters<Q2_K> {
   struct Raw { Bytes4 q[2]; u32 scales, dm; };
-  static DEVICE void load(Raw& r, const At& at) {
-    const int j = at.step & 3;
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int p = 0; p < 2; ++p) r.q[p].load(field<1>(at) + 32 * (j >> 1) + 16 * p, at.q);
-    r.scales = load32(field<0>(at) + 4 * j);
-    r.dm = load32(field<2>(at));
+    for (int p = 0; p < 2; ++p) r.q[p].load(field<1, 2>(at, quarter) + 16 * p, at.q);
+    r.scales = load32(field<0, 4>(at, quarter));
+    if (quarter == 0) r.dm = load32(field<2>(at));
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
     const float2 dm = scale_and_min(r.dm);
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
       const u32 s = r.scales >> (8 * g);
       const float2 w = make_float2(dm.x * (float)(s & 15), -dm.y * (float)(s >> 4 & 15));
-      to_brain4(o.w[g], r.q[g & 1].word() >> (4 * (at.step & 1) + 2 * (g >> 1)) & TWOS, w);
+      to_brain4(o.w[g], r.q[g & 1].word() >> (4 * (quarter & 1) + 2 * (g >> 1)) & TWOS, w);
     }
   }
 };
 template <> struct Weights<Q3_K> : Quarters<Q3_K> {
   struct Raw { Bytes4 high[2], q[2]; u32 low_scales, high_scales, d; };
-  static DEVICE void load(Raw& r, const At& at) {
-    const int j = at.step & 3;
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
-      r.high[p].load(field<0>(at) + 16 * p, at.q);
-      r.q[p].load(field<1>(at) + 32 * (j >> 1) + 16 * p, at.q);
+      if (quarter == 0) r.high[p].load(field<0>(at) + 16 * p, at.q);
+      r.q[p].load(field<1, 2>(at, quarter) + 16 * p, at.q);
     }
-    r.low_scales = load32(field<2>(at) + 4 * (j & 1));
+    r.low_scales = load32(field<2>(at) + 4 * (quarter & 1));
+    if (quarter) return;
     r.high_scales = load32(field<2>(at) + 8);
     r.d = *(const u16*)field<3>(at);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
-    const int j = at.step & 3;
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
     const float d = half_to_float((u16)r.d);
-    // Scale 4j + g: low four bits in a nibble of byte (4j + g) % 8, high two in byte 8 + g.
-    const u32 scales = (r.low_scales >> (4 * (j >> 1)) & NIBBLES) | (r.high_scales >> (2 * j) & TWOS) << 4;
+    // Scale 4 quarter + g: low four bits in a nibble of byte (4 quarter + g) % 8, high two in byte 8 + g.
+    const u32 scales = (r.low_scales >> (4 * (quarter >> 1)) & NIBBLES) | (r.high_scales >> (2 * quarter) & TWOS) << 4;
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
       const float s = d * (float)((int)(scales >> (8 * g) & 255) - 32);
-      const u32 low = r.q[g & 1].word() >> (4 * (j & 1) + 2 * (g >> 1)) & TWOS;
-      const u32 high = r.high[g & 1].word() >> (2 * j + (g >> 1)) & ONES;
+      const u32 low = r.q[g & 1].word() >> (4 * (quarter & 1) + 2 * (g >> 1)) & TWOS;
+      const u32 high = r.high[g & 1].word() >> (2 * quarter + (g >> 1)) & ONES;
       to_brain4(o.w[g], low | high << 2, make_float2(s, -4.f * s));
     }
   }
 };
 template <> struct Weights<Q4_K> : Quarters<Q4_K> {
   struct Raw { Bytes4 q[2]; uint4 header; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int p = 0; p < 2; ++p) r.q[p].load(field<1>(at) + 32 * (at.step & 3) + 16 * p, at.q);
-    r.header = *(const uint4*)field<0>(at);
+    for (int p = 0; p < 2; ++p) r.q[p].load(field<1, 4>(at, quarter) + 16 * p, at.q);
+    if (quarter == 0) r.header = *(const uint4*)field<0>(at);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
     Share s;
-    six_bit_scales(s, r.header, at.step & 3);
+    six_bit_scales(s, r.header, quarter);
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
       to_brain4(o.w[p], r.q[p].word() & NIBBLES, s.wa);
@@ -218,21 +236,20 @@ template <> struct Weights<Q4_K> : Quarters<Q4_K> {
 };
 template <> struct Weights<Q5_K> : Quarters<Q5_K> {
   struct Raw { Bytes4 fifth[2], q[2]; uint4 header; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
-      r.fifth[p].load(field<1>(at) + 16 * p, at.q);
-      r.q[p].load(field<2>(at) + 32 * (at.step & 3) + 16 * p, at.q);
+      if (quarter == 0) r.fifth[p].load(field<1>(at) + 16 * p, at.q);
+      r.q[p].load(field<2, 4>(at, quarter) + 16 * p, at.q);
     }
-    r.header = *(const uint4*)field<0>(at);
+    if (quarter == 0) r.header = *(const uint4*)field<0>(at);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
-    const int j = at.step & 3;
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
     Share s;
-    six_bit_scales(s, r.header, j);
+    six_bit_scales(s, r.header, quarter);
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
-      const u32 fifth = r.fifth[p].word() >> (2 * j);
+      const u32 fifth = r.fifth[p].word() >> (2 * quarter);
       to_brain4(o.w[p], (r.q[p].word() & NIBBLES) | (fifth & ONES) << 4, s.wa);
       to_brain4(o.w[2 + p], (r.q[p].word() >> 4 & NIBBLES) | (fifth >> 1 & ONES) << 4, s.wb);
     }
@@ -240,17 +257,16 @@ template <> struct Weights<Q5_K> : Quarters<Q5_K> {
 };
 template <> struct Weights<Q6_K> : Quarters<Q6_K> {
   struct Raw { Bytes4 low[4], high[2]; u32 scales, d; };
-  static DEVICE void load(Raw& r, const At& at) {
-    const int half = at.step >> 1 & 1;
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int g = 0; g < 4; ++g) r.low[g].load(field<0>(at) + 64 * half + 16 * g, at.q);
+    for (int g = 0; g < 4; ++g) r.low[g].load(field<0, 2>(at, quarter) + 16 * g, at.q);
 #pragma unroll
-    for (int p = 0; p < 2; ++p) r.high[p].load(field<1>(at) + 32 * half + 16 * p, at.q);
-    r.scales = load32(field<2>(at) + 4 * (at.step & 3));
-    r.d = *(const u16*)field<3>(at);
+    for (int p = 0; p < 2; ++p) r.high[p].load(field<1, 2>(at, quarter) + 16 * p, at.q);
+    r.scales = load32(field<2, 4>(at, quarter));
+    if (quarter == 0) r.d = *(const u16*)field<3>(at);
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At& at) {
-    const int upper = at.step & 1;
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
+    const int upper = quarter & 1;
     const float d = half_to_float((u16)r.d);
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
@@ -264,21 +280,21 @@ template <> struct Weights<Q6_K> : Quarters<Q6_K> {
 // Unquantised: planes of 16 bytes, 32 columns a block.
 template <int TYPE> struct HalfWords : Pairs<TYPE> {
   struct Raw { u32 w[4][2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
     using P = Pairs<TYPE>;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const u8* first = P::template field<0>(at, i) + 4 * at.q;
+      const u8* first = P::template field<0>(at, quarter, i) + 4 * at.q;
       const int plane = TILE_ROWS * at.blocks * 16;  // planes of equal size lie evenly apart
 #pragma unroll
       for (int g = 0; g < 2; ++g)
 #pragma unroll
-        for (int p = 0; p < 2; ++p) r.w[2 * i + g][p] = P::exists(at, i) ? load32(first + (2 * g + p) * plane) : 0;
+        for (int p = 0; p < 2; ++p) r.w[2 * i + g][p] = P::exists(at, quarter, i) ? load32(first + (2 * g + p) * plane) : 0;
     }
   }
 };
 template <> struct Weights<F16> : HalfWords<F16> {
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float2 v = scale_and_min(r.w[i >> 1][i & 1]);
@@ -287,26 +303,26 @@ template <> struct Weights<F16> : HalfWords<F16> {
   }
 };
 template <> struct Weights<BF16> : HalfWords<BF16> {
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) o.w[i >> 1][i & 1] = r.w[i >> 1][i & 1];
   }
 };
 template <> struct Weights<F32> : Pairs<F32> {
   struct Raw { float2 v[4][2]; };
-  static DEVICE void load(Raw& r, const At& at) {
+  static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int plane = TILE_ROWS * at.blocks * 16;
-      const u8* first = field<0>(at, i) + (at.q >> 1) * plane + 8 * (at.q & 1);
+      const u8* first = field<0>(at, quarter, i) + (at.q >> 1) * plane + 8 * (at.q & 1);
 #pragma unroll
       for (int g = 0; g < 2; ++g)
 #pragma unroll
         for (int p = 0; p < 2; ++p)
-          r.v[2 * i + g][p] = exists(at, i) ? *(const float2*)(first + (4 * g + 2 * p) * plane) : make_float2(0.f, 0.f);
+          r.v[2 * i + g][p] = exists(at, quarter, i) ? *(const float2*)(first + (4 * g + 2 * p) * plane) : make_float2(0.f, 0.f);
     }
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, const At&) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float2 v = r.v[i >> 1][i & 1];
