@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from headrace.cuda import arguments as c
+from headrace.cuda import gemm as gemms
 from headrace.cuda import launchers, products
 from headrace.cuda.compile import Resources, Specialisation, resources
 from headrace.cuda.device import Launch, array
@@ -95,13 +96,13 @@ def prompts(device: PaperDevice) -> list[Launch]:
 
     def gemm(matrices, epilogue, rows, **how) -> Launch:
         x = rows_of(matrices[0].layout.k, rows)
-        return products.gemm(device, matrices, x, epilogue, rows, **how)
+        return gemms.gemm(device, matrices, x, epilogue, rows, **how)
 
     llama, made = CacheShape(32, 8, 128, 128), []
     if device.target in ("80", "90a"):  # the two ways to multiply
         made.extend(gemm([matrix(t, 1000, 2048)], c.Store(), 1024, macros=LOGITS) for t in Q)
     qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
-    few = products.SplitWork(256, 1 << 30, 256)
+    few = gemms.SplitWork(256, 1 << 30, 256)
     how = {"norm_eps": 1e-5, "macros": llama.macros}
     made.append(gemm(qkv, c.Rotary(), 32, work=few, **how))
     made.append(gemm([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), 8, work=few))

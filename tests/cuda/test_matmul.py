@@ -23,9 +23,10 @@ from device_memory import (
 
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device, Launch
+from headrace.cuda.gemm import SplitWork, gemm, split_room
 from headrace.cuda.host import HostDevice
 from headrace.cuda.layout import tile_block
-from headrace.cuda.products import SplitWork, gemm, matmul, split_room
+from headrace.cuda.products import matmul
 from headrace.errors import DeviceError
 from headrace.gguf.types import QuantType
 
@@ -127,7 +128,7 @@ def test_every_number_of_tokens_at_once(
     matrix, weights, _ = random_matrix(tensor_device, rng, QuantType.Q8_0, n, k)
     x, seen = rows_of(rng, rows, k)
     y = poisoned(tensor_device, (rows, n))
-    monkeypatch.setattr("headrace.cuda.products.TOKENS_AT_ONCE", (tokens,))
+    monkeypatch.setattr("headrace.cuda.gemm.TOKENS_AT_ONCE", (tokens,))
     a, store = upload_activations(tensor_device, x), c.Store(y.address)
     if tokens == 256 and tensor_device.arch != 90:
         with pytest.raises(DeviceError, match="no gemm variant"):

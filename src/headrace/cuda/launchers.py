@@ -1,6 +1,7 @@
 """One thin launcher for each kernel: its contract, checked, and its shape.
 
-Which kernel runs for what (``matvec`` and ``matmul`` are in ``products.py``):
+Which kernel runs for what (``matvec`` and ``matmul`` are in ``products.py``, ``gemm`` in
+``gemm.py``):
 
 ====================  ==========================================================================
 ``matvec``            every matrix; ROWS (1, 2, 4 or 8 rows of activations at once) from the step's

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from headrace.cuda import arguments as c
-from headrace.cuda import launchers, products
+from headrace.cuda import gemm, launchers, products
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
 from headrace.cuda.launchers import CacheShape
@@ -122,7 +122,7 @@ class Lowering:
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
         if self.tensor_cores and self.tuning.gemm:
             rooms = [
-                products.split_room(
+                gemm.split_room(
                     self.device, [linear.n for linear in linears], linears[0].k, rows,
                     paired=isinstance(op, FeedForwardIn),
                 )
@@ -316,11 +316,11 @@ class Lowering:
         x, eps, device = self.activations(source, step), norm.eps if norm else None, self.device
         first, n = rows or (0, step.n_rows)
         if step.prompt and rows is None:
-            return products.gemm(device, matrices, x, epilogue, n, norm_eps=eps, macros=macros)
+            return gemm.gemm(device, matrices, x, epilogue, n, norm_eps=eps, macros=macros)
         sums, arrivals = self.arena.get("split sums"), self.arena.get("split arrivals")
         if sums and arrivals and first % 64 == 0 and not step.prompt:
-            work = products.SplitWork(sums.address, sums.shape[0], arrivals.address)
-            return products.gemm(
+            work = gemm.SplitWork(sums.address, sums.shape[0], arrivals.address)
+            return gemm.gemm(
                 device, matrices, x, epilogue, n,
                 first_row=first, norm_eps=eps, macros=macros, work=work,
             )  # fmt: skip

@@ -1,0 +1,136 @@
+"""``gemm``: products on tensor cores straight from the packed tiles, for many rows and for few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.cuda import arguments as c
+from headrace.cuda.compile import Specialisation
+from headrace.cuda.device import Device, Launch
+from headrace.cuda.products import (
+    Activations,
+    Matrix,
+    constants_of,
+    contract,
+    pointers,
+    require,
+)
+from headrace.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    tokens: int
+    splits: int
+    stages: int
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class SplitWork:
+    """Where the parts of products that several blocks share meet: addresses, and how many floats
+    there is room for. The counters are zero between launches."""
+
+    partial: int
+    n_floats: int
+    arrived: int
+
+
+_UNIT = 64
+"""Rows of W of four warps; a block has two units at a time."""
+TOKENS_AT_ONCE = (8, 16, 32, 64, 128, 256)
+
+
+def gemm_pairs(sizes: Sequence[int], *, paired: bool) -> int:
+    """Blocks' shares of matrices of so many rows."""
+    units = [2 * sizes[0]] if paired else sizes
+    return -(-sum(-(-n // _UNIT) for n in units) // 2)
+
+
+def gemm_splits(device: Device, pairs: int, k: int) -> int:
+    """How many blocks share the columns of a matrix that few rows of x meet: as many, each with the
+    same number of blocks of 256, as give most multiprocessors two of them."""
+    steps = -(-k // 64)
+    grains = steps // 4 if steps % 4 == 0 else steps
+    splits = [n for n in range(1, 9) if grains % n == 0]
+    return next((n for n in splits if pairs * n >= 1.3 * device.sm_count), splits[-1])
+
+
+def _most_tokens(device: Device) -> int:
+    """At once: without wgmma, x takes registers, too, and on sm_100 and later more of them."""
+    return 256 if device.arch == 90 else 128 if device.arch < 90 else 64
+
+
+def split_room(
+    device: Device, sizes: Sequence[int], k: int, rows: int, *, paired: bool
+) -> tuple[int, int]:
+    """(floats, counters) that a product of at most so many rows needs of a :class:`SplitWork`."""
+    pairs = gemm_pairs(sizes, paired=paired)
+    splits = gemm_splits(device, pairs, k)
+    if splits == 1:
+        return 0, 0
+    tokens = min(_most_tokens(device), 128, max(8, 1 << (rows - 1).bit_length()))
+    columns = -(-rows // tokens)
+    return columns * pairs * splits * 128 * tokens, columns * pairs
+
+
+def gemm_shape(
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, few: bool
+) -> GemmShape:
+    """``few``: rows that are weighed alone (a step of decoding), whose columns may be split. Else
+    as many tokens at once as keep the multiprocessors evenly busy."""
+    pairs = gemm_pairs([m.layout.n for m in matrices], paired=paired)
+    splits = gemm_splits(device, pairs, matrices[0].layout.k) if few else 1
+    most = _most_tokens(device)
+    found: list[tuple[int, GemmShape]] = []
+    for tokens in TOKENS_AT_ONCE:
+        if tokens > most:
+            break
+        stage, slabs = tokens * 64 * 2, 8 * min(64, tokens) * 20 * 4
+        rest = slabs + tokens * 4 + 16
+        stages = min(6, (device.shared_limit - rest - 128) // stage)
+        if stages < 3 or (few and tokens < min(rows, most, 128)):
+            continue
+        columns = -(-rows // tokens)
+        blocks = pairs if few else min(pairs, max(1, device.sm_count // columns))
+        shared = stages * stage + rest + -(-2 * stages * 8 // 16) * 16
+        turns = -(-pairs // blocks) * -(-(columns * blocks) // device.sm_count)
+        # Unpacking 128 rows of W takes about as long as multiplying them with 48 of x.
+        shape = GemmShape(tokens, splits, stages, (columns, blocks, splits), shared)
+        found.append((turns * (tokens + 48), shape))
+    if not found:
+        raise DeviceError(f"no gemm variant fits {device.shared_limit:,} bytes of shared memory")
+    return found[0][1] if few else min(found, key=lambda one: one[0])[1]
+
+
+def gemm(
+    device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
+    *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
+    work: SplitWork | None = None,
+) -> Launch:  # fmt: skip
+    """As :func:`matmul`, for many rows; ``work``: for few. ``first_row`` is a multiple of 64."""
+    require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
+    paired = contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
+    require(x.brain is not None, "tensor cores read bfloat16")
+    require(first_row % 64 == 0, f"row {first_row} begins no tile of 64 rows")
+    shape = gemm_shape(device, matrices, n_rows, paired=paired, few=work is not None)
+    if work is not None and shape.splits > 1:
+        pairs = gemm_pairs([m.layout.n for m in matrices], paired=paired)
+        floats = shape.grid[0] * pairs * shape.splits * 128 * shape.tokens
+        require(floats <= work.n_floats, f"{floats} partial sums, room for {work.n_floats}")
+    constants = constants_of(matrices, epilogue, norm_eps) | {
+        "TOKENS": shape.tokens,
+        "SPLITS": shape.splits,
+        "STAGES": shape.stages,
+        "BRAIN": True,
+        **(macros or {}),
+    }
+    where = (work.partial, work.arrived) if work else (0, 0)
+    arguments = c.gemm_arguments(epilogue)(
+        *pointers(matrices), x.at(first_row), epilogue, *where, n_rows
+    )
+    return Launch(
+        Specialisation.of("gemm", constants), shape.grid, 256, shape.shared_bytes, arguments
+    )
