@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 from batches import one_sequence, rows
-from headrace.cpu.instrument import parts as cpu_parts
 from tiny_families import CONFIGS
 
+from headrace.cpu.instrument import parts as cpu_parts
 from headrace.instrument import Formats, Work, works
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Attend, Embed, FeedForwardIn, Head, ProjectOut, ProjectQKV
