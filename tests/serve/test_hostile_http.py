@@ -331,10 +331,13 @@ def test_foreign_hosts(server: Server, host: str) -> None:
 
 @pytest.mark.parametrize("second", ["Host: evil.example", "Origin: http://localhost"])
 def test_a_second_host_or_origin(server: Server, second: str) -> None:
+    wanted = f"there are 2 {second.partition(':')[0].lower()} headers".encode()
+    answer = b""
     with server.connect(raw_post("/tokenize", b"{}", "Origin: http://localhost", second)) as raw:
-        answer = raw.recv(4000)
+        while wanted not in answer and (more := raw.recv(4000)):  # headers may come alone
+            answer += more
     assert answer.startswith(b"HTTP/1.1 400")
-    assert f"there are 2 {second.partition(':')[0].lower()} headers".encode() in answer
+    assert wanted in answer
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
