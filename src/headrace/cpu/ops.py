@@ -62,22 +62,21 @@ def quantise_row(x, q, records):
         if largest < _SMALLEST:  # its reciprocal would overflow
             largest = np.float32(0.0)
         inverse = np.float32(127.0) / largest if largest > 0 else np.float32(0.0)
-        isum = np.int32(0)
-        squares = np.int32(0)
-        products = np.float32(0.0)
+        total, squares, products = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for i in range(at, at + 16):
             value = x[i] * inverse
             rounded = np.int32(value + math.copysign(np.float32(0.5), value))
             q[i] = np.int8(rounded)
-            isum += rounded
-            squares += rounded * rounded
-            products += value * np.float32(rounded)
+            exact = np.float32(rounded)  # as are the first two sums
+            total += exact
+            squares += exact * exact
+            products += value * exact
         record = records[g]
         if largest > 0:  # in double: the compiler may order the products as it likes
             record.scale = np.float64(largest) * products / (np.float64(127.0) * squares)
         else:
             record.scale = largest
-        record.sum = record.scale * np.float32(isum)
+        record.sum = record.scale * total
     for pair in range(0, x.shape[0] // 16, 2):
         total = records[pair].sum + records[pair + 1].sum
         records[pair].pair_sum = total
