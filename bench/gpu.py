@@ -298,7 +298,7 @@ def main() -> None:
         "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     )
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512, 4096])
-    parser.add_argument("--prompt-rows", type=int, default=1024, help="0: prompts go like rows")
+    parser.add_argument("--prompt-rows", type=int, default=0, help="see Executor")
     parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--commit", help="for the receipt, where git cannot tell")

@@ -23,6 +23,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     yield from _device(request.param)
 
 
+@pytest.fixture(params=["host-90", "host-80", pytest.param("gpu", marks=pytest.mark.gpu)])
+def tensor_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Every code path of the tensor cores."""
+    yield from _device(request.param)
+
+
 def _device(name: str) -> Iterator[Device]:
     if name == "gpu":
         from headrace.cuda.gpu import CUDADevice

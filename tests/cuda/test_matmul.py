@@ -6,7 +6,7 @@ a row is the same whoever travels with it is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -41,18 +41,6 @@ Product = Callable[..., Launch]
 @pytest.fixture(params=[matmul, gemm], ids=["matmul", "gemm"])
 def product(request: pytest.FixtureRequest) -> Product:
     return request.param
-
-
-@pytest.fixture(params=["host-90", "host-80", pytest.param("gpu", marks=pytest.mark.gpu)])
-def tensor_device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "gpu":
-        from headrace.cuda.gpu import CUDADevice
-
-        made: Device = CUDADevice()
-    else:
-        made = HostDevice(arch=int(request.param.removeprefix("host-")))
-    yield made
-    made.close()
 
 
 def rows_of(rng: np.random.Generator, rows: int, k: int, gain: np.ndarray | None = None):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from device_memory import activations, from_brain, put, untiled
@@ -18,18 +16,6 @@ from headrace.reference import operations
 
 ROUNDED = 3e-3
 """Relative: q, the probabilities and the result have 11, 11 and 8 bits."""
-
-
-@pytest.fixture(params=["host-90", "host-80", pytest.param("gpu", marks=pytest.mark.gpu)])
-def tensor_device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "gpu":
-        from headrace.cuda.gpu import CUDADevice
-
-        made: Device = CUDADevice()
-    else:
-        made = HostDevice(arch=int(request.param.removeprefix("host-")))
-    yield made
-    made.close()
 
 
 def run(

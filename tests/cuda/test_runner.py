@@ -123,6 +123,8 @@ def test_prompts(device: Device, synthetic, shape: str) -> None:
     assert {one.kernel for one in runner.executor.ran} >= {"matmul"}  # the vocabulary
     assert relative(got, wanted) < 0.02
     np.testing.assert_array_equal(logits_of(runner, tokens, (7, 2, 13)), got)
+    runner.step(batches.one_sequence(tokens[:9], 0, [8]))
+    assert {one.kernel for one in runner.executor.ran} >= {"gemm", "prompt_attend", "matmul"}
 
     decoded = logits_of(runner, tokens, (21, 1))
     np.testing.assert_array_equal(decoded[:21], got[:21])

@@ -9,7 +9,8 @@ Which kernel runs for what (``matvec`` and ``matmul`` are in ``products.py``, ``
                       or when a matrix is F32, F16 or BF16
 ``matmul``            every matrix instead, where the executor was told to use tensor cores; ROWS
                       (8, 16 or 32) likewise
-``gemm``              every matrix instead, for the rows of prompts (``Step.prompt``)
+``gemm``              every matrix instead, for the rows of prompts (``Step.prompt``), and with
+                      ``Tuning(gemm=True)`` instead of ``matmul``
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
 ``attend``            attention of rows

@@ -19,13 +19,12 @@ def plan(
     context: int,
     max_rows: int = MAX_ROWS,
     tensor_cores: bool = False,
-    prompt_rows: int = 0,
 ) -> list[tuple[str, int]]:
     """(what, bytes) for one sequence of ``context`` positions."""
     weights = WeightIndex(decoder)
     lowering = Lowering(
         decoder, device, weights, max_rows,
-        floats=False, tensor_cores=tensor_cores, prompt_rows=prompt_rows, tuning=Tuning(),
+        floats=False, tensor_cores=tensor_cores, prompt_rows=0, tuning=Tuning(),
     )  # fmt: skip
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)

@@ -85,68 +85,33 @@ DEVICE float2 centred(u32 d, float zero) {
   return make_float2(scale, -zero * scale);
 }
 
-template <> struct Weights<Q4_0> : Pairs<Q4_0> {
-  struct Raw { Bytes4 q[2]; u32 d[2]; };
+// Four or five bits a weight, with one scale: of weights around `zero` (Q4_0, Q5_0), or beside a minimum.
+template <int TYPE> struct Nibbles : Pairs<TYPE> {
+  using P = Pairs<TYPE>;
+  static constexpr bool FIVE = TYPE == Q5_0 || TYPE == Q5_1, MINIMUM = TYPE == Q4_1 || TYPE == Q5_1;
+  struct Raw { Bytes4 q[2]; u32 fifth[2], scale[2]; };
   static DEVICE void load(Raw& r, const At& at, int quarter) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, quarter, i), at.q), r.d[i] = half_word<1>(at, quarter, i);
+    for (int i = 0; i < 2; ++i) {
+      r.q[i].load(P::template field<0>(at, quarter, i), at.q);
+      r.fifth[i] = FIVE ? P::template word<1>(at, quarter, i) : 0;
+      r.scale[i] = MINIMUM ? P::template word<1 + FIVE>(at, quarter, i) : P::template half_word<1 + FIVE>(at, quarter, i);
+    }
   }
-  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
+  static DEVICE void unpack(Operand& o, const Raw& r, int q, int) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 w = centred(r.d[i], 8.f);
-      to_brain4(o.w[2 * i], r.q[i].word() & NIBBLES, w);
-      to_brain4(o.w[2 * i + 1], r.q[i].word() >> 4 & NIBBLES, w);
+      const float2 w = MINIMUM ? scale_and_min(r.scale[i]) : centred(r.scale[i], FIVE ? 16.f : 8.f);
+      const u32 low = FIVE ? fifth_bits(r.fifth[i], 0, q) : 0, high = FIVE ? fifth_bits(r.fifth[i], 1, q) : 0;
+      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | low, w);
+      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | high, w);
     }
   }
 };
-template <> struct Weights<Q4_1> : Pairs<Q4_1> {
-  struct Raw { Bytes4 q[2]; u32 dm[2]; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) r.q[i].load(field<0>(at, quarter, i), at.q), r.dm[i] = word<1>(at, quarter, i);
-  }
-  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 w = scale_and_min(r.dm[i]);
-      to_brain4(o.w[2 * i], r.q[i].word() & NIBBLES, w);
-      to_brain4(o.w[2 * i + 1], r.q[i].word() >> 4 & NIBBLES, w);
-    }
-  }
-};
-template <> struct Weights<Q5_0> : Pairs<Q5_0> {
-  struct Raw { Bytes4 q[2]; u32 fifth[2], d[2]; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      r.q[i].load(field<0>(at, quarter, i), at.q), r.fifth[i] = word<1>(at, quarter, i), r.d[i] = half_word<2>(at, quarter, i);
-  }
-  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 w = centred(r.d[i], 16.f);
-      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, q), w);
-      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, q), w);
-    }
-  }
-};
-template <> struct Weights<Q5_1> : Pairs<Q5_1> {
-  struct Raw { Bytes4 q[2]; u32 fifth[2], dm[2]; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      r.q[i].load(field<0>(at, quarter, i), at.q), r.fifth[i] = word<1>(at, quarter, i), r.dm[i] = word<2>(at, quarter, i);
-  }
-  static DEVICE void unpack(Operand& o, const Raw& r, int q, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 w = scale_and_min(r.dm[i]);
-      to_brain4(o.w[2 * i], (r.q[i].word() & NIBBLES) | fifth_bits(r.fifth[i], 0, q), w);
-      to_brain4(o.w[2 * i + 1], (r.q[i].word() >> 4 & NIBBLES) | fifth_bits(r.fifth[i], 1, q), w);
-    }
-  }
-};
+template <> struct Weights<Q4_0> : Nibbles<Q4_0> {};
+template <> struct Weights<Q4_1> : Nibbles<Q4_1> {};
+template <> struct Weights<Q5_0> : Nibbles<Q5_0> {};
+template <> struct Weights<Q5_1> : Nibbles<Q5_1> {};
 template <> struct Weights<Q8_0> : Pairs<Q8_0> {
   struct Raw { Bytes4 q[4]; u32 d[2]; };
   static DEVICE void load(Raw& r, const At& at, int quarter) {

@@ -42,15 +42,15 @@ struct GemmArgs {
   STAMPS
 };
 
-// A warp's sixteen rows of W: eight from `upper` on, and eight from `lower` on.
-struct Place { int segment, upper, lower; };
+// A warp's sixteen rows of W: those from `row` on; of a pair eight of each matrix.
+struct Place { int segment, row; };
 
 DEVICE Place place(int unit, int warp) {
-  if (PAIRED) return {0, unit * 32 + warp * 8, unit * 32 + warp * 8};
+  if (PAIRED) return {0, unit * 32 + warp * 8};
   int segment = 0;
   if (TYPE1 != NONE && unit >= UNITS0) unit -= UNITS0, segment = 1;
   if (TYPE2 != NONE && segment == 1 && unit >= UNITS1) unit -= UNITS1, segment = 2;
-  return {segment, unit * UNIT + warp * 16, unit * UNIT + warp * 16 + 8};
+  return {segment, unit * UNIT + warp * 16};
 }
 
 #if ARCH >= 80
@@ -177,7 +177,7 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const GemmArg
     const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
     auto pick = [&](int segment) { return segment == 0 ? a.weights[0] : segment == 1 ? a.weights[1] : a.weights[2]; };
     const int n = p.segment == 0 ? S0::ROWS_PADDED : p.segment == 1 ? S1::ROWS_PADDED : S2::ROWS_PADDED;
-    const int row = min(p.upper, n - (PAIRED ? 8 : 16));  // rows beyond the last: computed, not kept
+    const int row = min(p.row, n - (PAIRED ? 8 : 16));  // rows beyond the last: computed, not kept
     const int slice = ring.begin / STEPS_A_SLICE, first = ring.begin % STEPS_A_SLICE;
     const u8 *upper_8 = pick(p.segment) + TU::offset(row / TILE_ROWS, 0);  // the tiles of eight rows
     const u8 *lower_8 = PAIRED ? pick(1) + TL::offset(row / TILE_ROWS, 0) : upper_8 + TL::offset(2, 0);
@@ -280,7 +280,7 @@ DEVICE bool join(const GemmArgs& a, Sums& sums, int pair, int* last) {
 DEVICE void finish(const GemmArgs& a, const Sums& sums, float* slab, const float* inverse, const Place& p, bool any, int first_row, int rows) {
   constexpr int OUTPUTS = PAIRED ? 8 : 16, TOKENS_A_WARP = 32 / OUTPUTS, BATCH = TOKENS > 32 ? 4 : 2;
   const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3;
-  const int o = lane % OUTPUTS, n = p.upper + o;
+  const int o = lane % OUTPUTS, n = p.row + o;
   const int limit = p.segment == 0 ? N0 : p.segment == 1 ? N1 : N2;
   const float* bias = p.segment == 0 ? a.bias[0] : p.segment == 1 ? a.bias[1] : a.bias[2];
   const float shift = !PAIRED && bias && n < limit ? bias[n] : 0.f;
