@@ -42,8 +42,7 @@ def golden_of(path: Path) -> Golden:
 
 PRODUCTS: dict[str, dict[str, Any]] = {
     "dots": {},
-    "tensor": {"tensor_cores": True},
-    "gemm": {"tensor_cores": True, "gemm": True},
+    "tensor": {"tensor_rows": 1},
     "prompts": {"prompt_rows": 1024},
     "floats": {"float_activations": True},
 }
@@ -59,12 +58,9 @@ def load_other(
         return runner, runner.device_name
     if device != "cuda":
         raise DeviceError(f"--products is about --device cuda, not {device}")
-    from headrace.cuda.products import Tuning
     from headrace.cuda.runner import CUDARunner
 
-    options = dict(PRODUCTS[products])
-    tuning = Tuning(gemm=options.pop("gemm", False))
-    runner = CUDARunner(decoder, tuning=tuning, **options)
+    runner = CUDARunner(decoder, **PRODUCTS[products])
     return runner, f"{runner.device_name}, {products}"
 
 

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
 from headrace.cuda.lowering import Step
 from headrace.cuda.products import Tuning
-from headrace.cuda.runner import CUDARunner
+from headrace.cuda.runner import MAX_ROWS, PROMPT_ROWS, TENSOR_ROWS, CUDARunner
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
@@ -163,6 +162,13 @@ def breakdown(runner: CUDARunner, first: int, n: int = 1) -> list[dict[str, Any]
     return rows
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "default": {"tensor_rows": TENSOR_ROWS, "prompt_rows": PROMPT_ROWS},
+    "dots": {},
+    "tensor": {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS},
+}
+"""Options of the runner: as ``load_runner`` has them; integer dots alone; tensor cores alone."""
+
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0),
     "llama.cpp's defaults": SamplingParams(),
@@ -240,8 +246,8 @@ def measure(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     runner = CUDARunner(
-        decoder, tensor_cores=mode != "dots", prompt_rows=options.prompt_rows,
-        tuning=replace(Tuning(*options.tuning), gemm=mode == "gemm"),
+        decoder, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning),
+        **MODES[mode],
     )  # fmt: skip
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
@@ -267,7 +273,7 @@ def measure(
         print(f"  {one['rows']:3} sequences: {one['tok_per_s']:.0f} tok/s in all", flush=True)
     for one in prompts:
         print(f"  prompt of {one['tokens']}: {one['tok_per_s']:.0f} tok/s", flush=True)
-    step = min(options.prompts[-1], options.prompt_rows or runner.executor.max_rows)
+    step = min(options.prompts[-1], runner.executor.lowering.most_rows)
     of_prompt = breakdown(runner, 0, step)
     print(f"  {step} tokens of a prompt:", flush=True)
     print_parts(of_prompt, ceiling)
@@ -283,7 +289,6 @@ def measure(
         "breakdown": parts,
         "rows": curve,
         "prefill": prompts,
-        "prompt_rows": options.prompt_rows,
         "prompt_breakdown": of_prompt,
     }
 
@@ -292,13 +297,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
-    parser.add_argument("--products", nargs="*", default=["dots", "tensor", "gemm"])
+    parser.add_argument("--products", nargs="*", choices=MODES, default=["default"])
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
     parser.add_argument(
-        "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+        "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256]
     )
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512, 4096])
-    parser.add_argument("--prompt-rows", type=int, default=0, help="see Executor")
     parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--commit", help="for the receipt, where git cannot tell")

@@ -56,11 +56,13 @@ def test_timed_steps_are_steps(device: Device, tmp_path: Path, shape: str) -> No
     runner.close()
 
 
-@pytest.mark.parametrize("tensor_cores", [False, True])
-def test_a_layer_timed_is_the_layer(device: Device, tmp_path: Path, tensor_cores: bool) -> None:
+@pytest.mark.parametrize("tensor_rows", [None, 4])
+def test_a_layer_timed_is_the_layer(
+    device: Device, tmp_path: Path, tensor_rows: int | None
+) -> None:
     write_synthetic(tmp_path / "m.gguf", "llama-tiny", "Q4_K_M")
     executor = Executor(
-        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8, tensor_cores=tensor_cores
+        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8, tensor_rows=tensor_rows
     )
     executor.allocate_cache(1)
     executor.bring(batches.one_sequence([0] * 4))

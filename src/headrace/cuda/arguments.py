@@ -89,24 +89,6 @@ def _matvec(out: type[Structure]) -> type[Structure]:
 _MATVEC = {out: _matvec(out) for out in EPILOGUES}
 
 
-def matmul_arguments(epilogue: Epilogue) -> type[Structure]:
-    return _MATMUL[type(epilogue)]
-
-
-def _matmul(out: type[Structure]) -> type[Structure]:
-    fields = [
-        ("weights", c_void_p * 3),
-        ("bias", c_void_p * 3),
-        ("x", Rows),
-        ("out", out),
-        ("n_rows", c_int),
-    ]
-    return type(f"Matmul{out.__name__}", (Structure,), {"_fields_": fields})
-
-
-_MATMUL = {out: _matmul(out) for out in EPILOGUES}
-
-
 def gemm_arguments(epilogue: Epilogue) -> type[Structure]:
     return _GEMM[type(epilogue)]
 
@@ -120,6 +102,7 @@ def _gemm(out: type[Structure]) -> type[Structure]:
         ("partial", c_void_p),
         ("arrived", c_void_p),
         ("n_rows", c_int),
+        ("skip", c_int),
     ]
     return type(f"Gemm{out.__name__}", (Structure,), {"_fields_": fields})
 
@@ -147,6 +130,15 @@ class RotaryHeads(Structure):
         ("q", c_void_p),
         ("cache", Cache),
         ("turns", c_void_p),
+    ]
+
+
+class Rotations(Structure):
+    _fields_ = [
+        ("positions", c_void_p),
+        ("turns", c_void_p),
+        ("out", c_void_p),
+        ("n_rows", c_int),
     ]
 
 

@@ -63,9 +63,10 @@ class Ran:
 class Executor:
     """``device``: the first GPU unless given. ``max_rows``: the most rows of one call.
     ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
-    ones. ``tensor_cores``: layers run on tensor cores, from bfloat16 activations: one read of the
-    weights serves many rows. ``prompt_rows``: up to so many rows of prompts run together through
-    kernels made for them, on tensor cores from bfloat16 activations; 0: like any rows.
+    ones. ``tensor_rows``: steps of at least so many rows run on tensor cores, from bfloat16
+    activations, where one read of the weights serves all rows; None: none do. ``prompt_rows``: up
+    to so many rows of prompts run together through kernels made for them, likewise on tensor
+    cores; 0: like any rows. Both need sm_80.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
@@ -79,7 +80,7 @@ class Executor:
         *,
         max_rows: int = 64,
         float_activations: bool = False,
-        tensor_cores: bool = False,
+        tensor_rows: int | None = None,
         prompt_rows: int = 0,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
@@ -88,7 +89,7 @@ class Executor:
             from headrace.cuda.gpu import CUDADevice
 
             device = CUDADevice()
-        if (tensor_cores or prompt_rows) and float_activations:
+        if (tensor_rows is not None or prompt_rows) and float_activations:
             raise DeviceError("tensor cores take bfloat16 activations: not float_activations too")
         if prompt_rows < 0:
             raise DeviceError(f"prompt_rows {prompt_rows}: 0 or more expected")
@@ -96,7 +97,7 @@ class Executor:
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
-            floats=float_activations, tensor_cores=tensor_cores, prompt_rows=prompt_rows,
+            floats=float_activations, tensor_rows=tensor_rows, prompt_rows=prompt_rows,
             tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
@@ -194,8 +195,8 @@ class Executor:
 
     @property
     def formats(self) -> Formats:
-        """Bytes of an activation as a matmul reads it, and of a cached value."""
-        if self.lowering.tensor_cores:
+        """Bytes of an activation as a matmul of one row reads it, and of a cached value."""
+        if self.lowering.tensor_rows == 1:
             return Formats(quantised=2.0, cached=2.0)
         return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=2.0)
 
@@ -300,7 +301,7 @@ class Executor:
         what it returns, which the next layer takes."""
         begin, step = self._begin_layer(x, layer), self._step()
         launches = [one for op in self._layers[layer] for one in self.lowering.lower(op, step)]
-        self.run([begin, *launches])
+        self.run([*begin, *launches])
         return DeviceArray(self.lowering.arena["x values"].address, x.shape, FLOAT)
 
     def time_layer(self, x: DeviceArray, layer: int) -> list[Span]:
@@ -316,17 +317,18 @@ class Executor:
         if self._stamps is None:
             self._stamps = Stamps(self.device, _MOST_KERNELS)
         self._stamps.clear()
-        self.run([begin, *self._stamps.timed(launches)])
+        self.run([*begin, *self._stamps.timed(launches)])
         return self._stamps.spans(parts)
 
     # How they are put together
 
-    def _begin_layer(self, x: DeviceArray, layer: int) -> Launch:
+    def _begin_layer(self, x: DeviceArray, layer: int) -> list[Launch]:
         step, d = self._step(), self.decoder.config.d_model
         self._require_shape(x, step.n_rows, d)
         gain = self.weights.vector(self._operation(layer, ProjectQKV).norm.weight)
         arguments = c.Quantise(x.address, gain, self.lowering.activations("x", step).at(0))
-        return launchers.quantise(d, arguments, step.n_rows)
+        quantise = launchers.quantise(d, arguments, step.n_rows)
+        return [quantise, *self.lowering.rotations(step)]
 
     def _floats(self, wanted: bool | None) -> bool:
         return self.lowering.floats if wanted is None else wanted

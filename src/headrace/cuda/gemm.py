@@ -23,6 +23,7 @@ from headrace.errors import DeviceError
 class GemmShape:
     tokens: int
     splits: int
+    stage_steps: int
     stages: int
     grid: tuple[int, int, int]
     shared_bytes: int
@@ -52,9 +53,8 @@ def gemm_pairs(sizes: Sequence[int], *, paired: bool) -> int:
 def gemm_splits(device: Device, pairs: int, k: int) -> int:
     """How many blocks share the columns of a matrix that few rows of x meet: as many, each with the
     same number of blocks of 256, as give most multiprocessors two of them."""
-    steps = -(-k // 64)
-    grains = steps // 4 if steps % 4 == 0 else steps
-    splits = [n for n in range(1, 9) if grains % n == 0]
+    blocks = -(-k // 256)
+    splits = [n for n in range(1, 9) if blocks % n == 0]
     return next((n for n in splits if pairs * n >= 1.3 * device.sm_count), splits[-1])
 
 
@@ -88,9 +88,10 @@ def gemm_shape(
     for tokens in TOKENS_AT_ONCE:
         if tokens > most:
             break
-        stage, slabs = tokens * 64 * 2, 8 * min(64, tokens) * 20 * 4
-        rest = slabs + tokens * 4 + 16
-        stages = min(6, (device.shared_limit - rest - 128) // stage)
+        steps = max(1, min(4, 256 // tokens))
+        stage, slabs = steps * tokens * 64 * 2, 8 * min(64, tokens) * 20 * 4
+        rest = slabs + tokens * 12 + 16
+        stages = min(4, (device.shared_limit - rest - 128) // stage)
         if stages < 3 or (few and tokens < min(rows, most, 128)):
             continue
         columns = -(-rows // tokens)
@@ -98,7 +99,7 @@ def gemm_shape(
         shared = stages * stage + rest + -(-2 * stages * 8 // 16) * 16
         turns = -(-pairs // blocks) * -(-(columns * blocks) // device.sm_count)
         # Unpacking 128 rows of W takes about as long as multiplying them with 48 of x.
-        shape = GemmShape(tokens, splits, stages, (columns, blocks, splits), shared)
+        shape = GemmShape(tokens, splits, steps, stages, (columns, blocks, splits), shared)
         found.append((turns * (tokens + 48), shape))
     if not found:
         raise DeviceError(f"no gemm variant fits {device.shared_limit:,} bytes of shared memory")
@@ -110,26 +111,38 @@ def gemm(
     *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
     work: SplitWork | None = None,
 ) -> Launch:  # fmt: skip
-    """As :func:`matmul`, for many rows; ``work``: for few. ``first_row`` is a multiple of 64."""
+    """As :func:`matvec`, on tensor cores from bfloat16 activations; ``work``: for few rows.
+
+    Rows not from the first on only with a :class:`~headrace.cuda.arguments.Store`: as many as lie
+    in a tile of x before ``first_row`` are worked out, too, and not kept. The third address of a
+    :class:`~headrace.cuda.arguments.Rotary` is that of a table of :func:`launchers.rotations`.
+    """
     require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
     paired = contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
     require(x.brain is not None, "tensor cores read bfloat16")
-    require(first_row % 64 == 0, f"row {first_row} begins no tile of 64 rows")
+    skip, sizes = first_row % 8, [m.layout.n for m in matrices]
+    if first_row % 64 - skip + n_rows + skip > 64:
+        skip = first_row % 64
+    n_rows += skip
+    if skip:
+        require(isinstance(epilogue, c.Store), f"row {first_row} begins no tile of 64 rows")
+        epilogue = c.Store(epilogue.y - skip * sum(sizes) * 4)
     shape = gemm_shape(device, matrices, n_rows, paired=paired, few=work is not None)
     if work is not None and shape.splits > 1:
-        pairs = gemm_pairs([m.layout.n for m in matrices], paired=paired)
+        pairs = gemm_pairs(sizes, paired=paired)
         floats = shape.grid[0] * pairs * shape.splits * 128 * shape.tokens
         require(floats <= work.n_floats, f"{floats} partial sums, room for {work.n_floats}")
     constants = constants_of(matrices, epilogue, norm_eps) | {
         "TOKENS": shape.tokens,
         "SPLITS": shape.splits,
+        "STAGE_STEPS": shape.stage_steps,
         "STAGES": shape.stages,
         "BRAIN": True,
         **(macros or {}),
     }
     where = (work.partial, work.arrived) if work else (0, 0)
     arguments = c.gemm_arguments(epilogue)(
-        *pointers(matrices), x.at(first_row), epilogue, *where, n_rows
+        *pointers(matrices), x.at(first_row - skip), epilogue, *where, n_rows, skip
     )
     return Launch(
         Specialisation.of("gemm", constants), shape.grid, 256, shape.shared_bytes, arguments

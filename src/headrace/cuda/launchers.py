@@ -1,16 +1,14 @@
 """One thin launcher for each kernel: its contract, checked, and its shape.
 
-Which kernel runs for what (``matvec`` and ``matmul`` are in ``products.py``, ``gemm`` in
-``gemm.py``):
+Which kernel runs for what (``matvec`` is in ``products.py``, ``gemm`` in ``gemm.py``):
 
 ====================  ==========================================================================
 ``matvec``            every matrix; ROWS (1, 2, 4 or 8 rows of activations at once) from the step's
                       rows and the shared memory; int8 activations, or float ones when asked for
                       or when a matrix is F32, F16 or BF16
-``matmul``            every matrix instead, where the executor was told to use tensor cores; ROWS
-                      (8, 16 or 32) likewise
-``gemm``              every matrix instead, for the rows of prompts (``Step.prompt``), and with
-                      ``Tuning(gemm=True)`` instead of ``matmul``
+``gemm``              every matrix instead, on tensor cores: in prompts (``Step.prompt``), and in
+                      steps of ``tensor_rows`` rows or more
+``rotations``         the angles of a step's rows, for ``gemm``'s epilogue
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
 ``attend``            attention of rows
@@ -103,6 +101,13 @@ def rotary(
     }
     grid = (shape.n_heads + 2 * shape.n_kv_heads, n_rows, 1)
     return Launch(Specialisation.of("rotary", constants), grid, 32, 0, arguments)
+
+
+def rotations(shape: CacheShape, arguments: c.Rotations, n_rows: int) -> Launch:
+    """The table [rows, rope_dim / 2] of (cosine, sine) that gemm's rotary epilogue reads."""
+    require(shape.rope_dim % 4 == 0 and shape.head_dim % 4 == 0, "heads turn by fours")
+    grid = (-(-n_rows * (shape.rope_dim // 2) // 256), 1, 1)
+    return Launch(Specialisation.of("rotations", shape.macros), grid, 256, 0, arguments)
 
 
 def head_tiles(n_heads: int, n_kv_heads: int) -> int:

@@ -37,6 +37,7 @@ from headrace.model.operations import (
     Operation,
     ProjectOut,
     ProjectQKV,
+    Rope,
 )
 
 ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
@@ -72,21 +73,23 @@ class Step:
 
 class Lowering:
     """Plans the activation arena for ``max_rows`` (``prompt_rows`` of a prompt), and turns a
-    :class:`Step` into launches."""
+    :class:`Step` into launches. Steps of prompts, and of ``tensor_rows`` rows or more, run on
+    tensor cores."""
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_cores: bool, prompt_rows: int, tuning: Tuning,
+        floats: bool, tensor_rows: int | None, prompt_rows: int, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
-        self.tensor_cores, self.prompt_rows = tensor_cores, prompt_rows
+        self.tensor_rows, self.prompt_rows = tensor_rows, prompt_rows
         self.most_rows = max(max_rows, prompt_rows)
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, _next_norms(decoder), strict=True))
         self.cache_shapes = _cache_shapes(decoder)
+        self._rotations: dict[Rope, str] = {}
         self._reserve()
 
     # What is planned
@@ -120,7 +123,7 @@ class Lowering:
         self.arena.reserve("attention splits", (rows, n_heads, splits, dim), np.float32)
         self.arena.reserve("attention maxima", (rows, n_heads, splits, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)
-        if self.tensor_cores and self.tuning.gemm:
+        if self._has_brain:
             rooms = [
                 gemm.split_room(
                     self.device, [linear.n for linear in linears], linears[0].k, rows,
@@ -128,6 +131,10 @@ class Lowering:
                 )
                 for op, linears in _products(self.decoder)
             ]  # fmt: skip
+            ropes = list(dict.fromkeys(op.rope for op in projections if not self._separate(op)))
+            for i, rope in enumerate(ropes):
+                self._rotations[rope] = f"rotations {i}"
+                self.arena.reserve(self._rotations[rope], (most, rope.dim), np.float32)
             self.arena.reserve("split sums", (max(floats for floats, _ in rooms),), np.float32)
             self.arena.reserve("split arrivals", (max(n for _, n in rooms),), np.uint32)
 
@@ -145,17 +152,25 @@ class Lowering:
         rows = self.max_rows if given else self.most_rows
         if values:
             self.arena.reserve(f"{name} values", (rows, width), np.float32)
-        if (self.tensor_cores or self.prompt_rows) and not given:
+        if self._has_brain and not given:
             self.arena.reserve(f"{name} brain", brain_shape(rows, width), np.uint16)
-        if not self.tensor_cores or given:
-            self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
-            self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
+        self.arena.reserve(f"{name} quants", (self.max_rows, groups, 16), np.int8)
+        self.arena.reserve(f"{name} scales", (self.max_rows, groups, 2), np.float32)
         if squares:
             self.arena.reserve(f"{name} squares", (rows, width // GROUP), np.float32)
 
+    @property
+    def _has_brain(self) -> bool:
+        return self.tensor_rows is not None or self.prompt_rows > 0
+
     def brain(self, step: Step) -> bool:
         """Are its activations bfloat16?"""
-        return self.tensor_cores or step.prompt
+        enough = self.tensor_rows is not None and step.n_rows >= self.tensor_rows
+        return enough or step.prompt
+
+    def _separate(self, op: ProjectQKV) -> bool:
+        """Does a kernel of its own turn q and k? Else the projection does it."""
+        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0
 
     def activations(
         self, name: str, step: Step | None = None, *, width: int | None = None
@@ -218,6 +233,22 @@ class Lowering:
         x = self.activations("x", step).at(0)
         arguments = c.Embed(matrix.address, self.require_inputs().tokens.address, x, self._gain(op))
         yield launchers.embed(matrix, arguments, step.n_rows, scale=op.scale)
+        yield from self.rotations(step)
+
+    def rotations(self, step: Step) -> Iterator[Launch]:
+        """The tables that the projections of a step on tensor cores turn q and k by."""
+        if not self.brain(step):
+            return
+        positions = self.require_inputs().positions.address
+        for rope, name in self._rotations.items():
+            shape = next(
+                s
+                for s in self.cache_shapes.values()
+                if s.rope_dim == rope.dim and s.magnitude == rope.magnitude
+            )
+            out = self.arena[name].address
+            arguments = c.Rotations(positions, self.weights.turns(rope), out, step.n_rows)
+            yield launchers.rotations(shape, arguments, step.n_rows)
 
     def _cache(self, layer: int) -> c.Cache:
         i, cache = self.require_inputs(), self.caches[layer]
@@ -228,11 +259,18 @@ class Lowering:
 
     def _project_qkv(self, op: ProjectQKV, step: Step) -> Iterator[Launch]:
         shape, w = self.cache_shapes[op.layer], self.weights
-        separate = op.q_norm is not None or op.k_norm is not None
+        separate, brain = self._separate(op), self.brain(step)
         dense, q = self.arena["dense"].address, self.arena["q"].address
+        angles = (
+            0
+            if separate
+            else self.arena[self._rotations[op.rope]].address
+            if brain
+            else w.turns(op.rope)
+        )
         yield self._product(
             self.qkv(op), "x",
-            c.Store(dense) if separate else c.Rotary(q, self._cache(op.layer), w.turns(op.rope)),
+            c.Store(dense) if separate else c.Rotary(q, self._cache(op.layer), angles),
             step, norm=op.norm, macros=PLAIN if separate else shape.macros,
         )  # fmt: skip
         if separate:
@@ -315,19 +353,14 @@ class Lowering:
         rows) where not all of them are wanted."""
         x, eps, device = self.activations(source, step), norm.eps if norm else None, self.device
         first, n = rows or (0, step.n_rows)
-        if step.prompt and rows is None:
-            return gemm.gemm(device, matrices, x, epilogue, n, norm_eps=eps, macros=macros)
-        sums, arrivals = self.arena.get("split sums"), self.arena.get("split arrivals")
-        if sums and arrivals and first % 64 == 0 and not step.prompt:
-            work = gemm.SplitWork(sums.address, sums.shape[0], arrivals.address)
+        if self.brain(step):
+            few = not step.prompt or rows is not None
+            sums, arrivals = self.arena["split sums"], self.arena["split arrivals"]
+            work = gemm.SplitWork(sums.address, sums.shape[0], arrivals.address) if few else None
             return gemm.gemm(
                 device, matrices, x, epilogue, n,
                 first_row=first, norm_eps=eps, macros=macros, work=work,
             )  # fmt: skip
-        if self.brain(step):
-            return products.matmul(
-                device, matrices, x, epilogue, n, first_row=first, norm_eps=eps, macros=macros
-            )
         return products.matvec(
             device, matrices, x, epilogue, n, first_row=first, norm_eps=eps,
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,

@@ -18,13 +18,14 @@ def plan(
     device: Device,
     context: int,
     max_rows: int = MAX_ROWS,
-    tensor_cores: bool = False,
+    tensor_rows: int | None = None,
+    prompt_rows: int = 0,
 ) -> list[tuple[str, int]]:
     """(what, bytes) for one sequence of ``context`` positions."""
     weights = WeightIndex(decoder)
     lowering = Lowering(
         decoder, device, weights, max_rows,
-        floats=False, tensor_cores=tensor_cores, prompt_rows=0, tuning=Tuning(),
+        floats=False, tensor_rows=tensor_rows, prompt_rows=prompt_rows, tuning=Tuning(),
     )  # fmt: skip
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)

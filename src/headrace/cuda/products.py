@@ -57,7 +57,7 @@ def padded(k: int) -> int:
 
 def brain_shape(rows: int, width: int) -> tuple[int, int, int]:
     """Of bfloat16 rows in tiles of 64 x 64 values (kernels/activations.cuh); zero it once."""
-    return -(-rows // 64), -(-width // 64), 64 * 64
+    return -(-rows // 64), -(-width // 256) * 4, 64 * 64
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,6 @@ class Tuning:
     exclusive: bool = True
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
     two, the kernels of a chain of programmatic launches get in each other's way."""
-    gemm: bool = False
-    """With tensor cores: few rows go through ``gemm``, too, not ``matmul``. Not yet measured."""
 
 
 @dataclass(frozen=True)
@@ -161,69 +159,6 @@ def matvec(
     return Launch(
         Specialisation.of("matvec", constants),
         grid,
-        shape.warps * 32,
-        shape.shared_bytes,
-        arguments,
-    )
-
-
-@dataclass(frozen=True)
-class MatmulShape:
-    rows: int
-    warps: int
-    stages: int
-    grid: tuple[int, int, int]
-    shared_bytes: int
-
-
-def matmul_shape(
-    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
-) -> MatmulShape:
-    """As many rows of x at once as there are and fit; then two stages; then more rows of W."""
-    tile = -(-max(m.layout.max_tile_bytes for m in matrices) // 128) * 128
-    wanted = 8 if rows <= 8 else 16 if rows <= 16 else 32
-    options = (
-        (r, stages, warps)
-        for stages in (2, 1)
-        for r in (32, 16, 8)
-        for warps in (16, 8, 4)
-        if r <= wanted and not (paired and warps == 4)
-    )
-    total = sum(m.layout.groups // 4 for m in matrices)
-    for r, stages, warps in options:
-        m_tiles = warps // 4
-        if m_tiles > 1 + paired and total // m_tiles < 0.9 * device.sm_count:
-            continue  # few rows of W: a share for every multiprocessor comes first
-        shared = stages * (4 * m_tiles * tile + r * TILE_COLUMNS * 2)
-        shared += 4 * r * m_tiles * 16 * 4 + -(-stages * 8 // 16) * 16 + r * 4
-        if shared <= device.shared_limit:
-            at_once = max(1, min(device.shared_limit // shared, 64 // warps))
-            row_groups = -(-rows // r)
-            blocks = min(-(-total // m_tiles), -(-device.sm_count * at_once // row_groups))
-            return MatmulShape(r, warps, stages, (row_groups, blocks, 1), shared)
-    raise DeviceError(f"no matmul variant fits {device.shared_limit:,} bytes of shared memory")
-
-
-def matmul(
-    device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
-    *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
-) -> Launch:  # fmt: skip
-    """As :func:`matvec`, on tensor cores from bfloat16 activations."""
-    require(device.arch >= 80, f"bfloat16 on tensor cores needs sm_80, not sm_{device.arch}")
-    paired = contract(matrices, x, epilogue, n_rows, first_row, norm_eps)
-    require(x.brain is not None, "tensor cores read bfloat16")
-    shape = matmul_shape(device, matrices, n_rows, paired=paired)
-    constants = constants_of(matrices, epilogue, norm_eps) | {
-        "ROWS": shape.rows,
-        "WARPS": shape.warps,
-        "STAGES": shape.stages,
-        "BRAIN": True,
-        **(macros or {}),
-    }
-    arguments = c.matmul_arguments(epilogue)(*pointers(matrices), x.at(first_row), epilogue, n_rows)
-    return Launch(
-        Specialisation.of("matmul", constants),
-        shape.grid,
         shape.warps * 32,
         shape.shared_bytes,
         arguments,

@@ -26,6 +26,8 @@ from headrace.sampling import SamplingParams
 
 MAX_ROWS = 64
 """Rows of one pass over the weights, unless more sequences are to generate at once."""
+TENSOR_ROWS, PROMPT_ROWS = 8, 1024
+"""What :class:`Executor` is asked for on a device that has tensor cores for bfloat16."""
 
 _PLANS_KEPT = 64
 

@@ -64,9 +64,9 @@ class Stamps:
 def parts_of(index: int, op: Operation, launches: Sequence[Launch]) -> list[Part]:
     """What the kernels that ``Lowering.lower`` made of operation ``index`` do."""
     parts = []
-    for launch, (name, works) in zip(launches, _kernels(op), strict=True):
+    for launch, (name, works) in zip(launches, _kernels(op, len(launches)), strict=True):
         arithmetic = FMAS
-        if Work.MATMUL in works and launch.spec.name in ("matmul", "gemm"):
+        if Work.MATMUL in works and launch.spec.name == "gemm":
             arithmetic = TENSORS
         elif Work.MATMUL in works and dict(launch.spec.macros)["FLOAT_ACTIVATIONS"] == "0":
             arithmetic = DOTS
@@ -74,11 +74,14 @@ def parts_of(index: int, op: Operation, launches: Sequence[Launch]) -> list[Part
     return parts
 
 
-def _kernels(op: Operation) -> list[tuple[str, tuple[Work, ...]]]:
+def _kernels(op: Operation, n: int) -> list[tuple[str, tuple[Work, ...]]]:
     match op:
         case Embed():
-            return [("embedding", (Work.EMBED, Work.QUANTISE))]
-        case ProjectQKV() if op.q_norm or op.k_norm:
+            return [
+                ("embedding", (Work.EMBED, Work.QUANTISE)),
+                *[("angles", (Work.ROTARY,))] * (n - 1),
+            ]
+        case ProjectQKV() if n > 1:
             return [
                 ("norm, q/k/v matmul", (Work.NORM, Work.MATMUL)),
                 ("norms, rotary, cache", (Work.HEAD_NORMS, Work.ROTARY, Work.CACHE)),

@@ -5,9 +5,11 @@
 // Σx: the rounding errors of Σ q_w q_x and Σ q_x then cancel where a weight is scale × q_w − min, and the
 // error of the dot goes with the weight, not with its quants.)
 //
-// For tensor cores (BRAIN) they are bfloat16 instead, as they come, in tiles of 64 rows × 64 columns of 8 KB: a
-// row's 128 bytes together, of which piece i of 16 bytes lies at i ^ (row % 8). That is how wgmma reads
-// shared memory (its 128-byte swizzle), and eight rows' same pieces meet no bank twice.
+// For tensor cores (BRAIN) they are bfloat16 instead, in tiles of 64 rows × 64 columns of 8 KB: a row's 128 bytes
+// together, of which piece i of 16 bytes lies at i ^ (row % 8). That is how wgmma reads shared memory (its
+// 128-byte swizzle), and eight rows' same pieces meet no bank twice. Of 32 columns, piece i has columns 2i and
+// 2i + 1 of every eight: so the four lanes that share a row of an mma's operands have eight neighbours each, which
+// is how weights lie in their blocks (fragments.cuh).
 //
 // Groups are stored where eight lanes reading every other, every second or every fourth group of a
 // slice, as the block types do, meet no bank twice.
@@ -22,7 +24,7 @@ constexpr int GROUP = 16;  // columns that are stored together: two scales
 DEVICE constexpr int padded(int k) { return (k + 511) / 512 * 512; }  // the swizzles permute within 512 columns
 
 constexpr int BRAIN_TILE = 64 * 64;  // values
-DEVICE constexpr int brain_tiles(int k) { return (k + 63) / 64; }  // of 64 rows; columns beyond k are zero
+DEVICE constexpr int brain_tiles(int k) { return (k + 255) / 256 * 4; }  // of 64 rows; columns beyond k are zero
 
 DEVICE int quant_slot(int group) { return group ^ ((group >> 3 & 1) * 7); }   // units of 16 bytes
 DEVICE int scale_slot(int group) { return group ^ ((group >> 4 & 1) * 7); }   // units of 8 bytes
@@ -36,7 +38,10 @@ struct Row {
   u16* brain;       // its 64 values in the first tile
   int line;         // within the tile
   DEVICE u16* brain_at(int column) const {
-    return brain + column / 64 * BRAIN_TILE + ((column / 8 & 7) ^ (line & 7)) * 8 + column % 8;
+    return piece(column, column >> 1 & 3) + ((column >> 2 & 6) | (column & 1));
+  }
+  DEVICE u16* piece(int column, int i) const {  // of the 32 columns that this is one of
+    return brain + column / 64 * BRAIN_TILE + (((column >> 3 & 4) | i) ^ (line & 7)) * 8;
   }
 };
 

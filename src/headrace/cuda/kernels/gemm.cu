@@ -3,27 +3,30 @@
 //
 // A block takes 128 rows of W and TOKENS rows of x at a time. Each of its eight warps unpacks its own 16 rows
 // of W in registers, a step of 64 columns ahead (fragments.cuh), so W never lies in shared memory. x streams
-// through a ring of stages there: on sm_90 and later warp 0 has tiles of eight kilobytes copied; before, all
-// warps copy. Hopper multiplies by wgmma, four warps together and asynchronously, others by mma.
+// through a ring of stages there: on sm_90 and later warp 0 has tiles of up to eight kilobytes copied; before,
+// all warps copy. Hopper multiplies by wgmma, four warps together and asynchronously, others by mma.
+// Columns go by 256, four steps: what lies beyond K counts as zero.
 //
 // The columns may be split among SPLITS blocks, to give every multiprocessor as much: the last of them adds the
 // parts up, in order. A row's result depends on that and the row, and on nothing else.
 //
 // Macros: K; TYPE0…2, N0…2; PAIRED, NORM, EPS, EPILOGUE as in matvec.cu; TOKENS (a power of two from 8 to 256); SPLITS;
-// STAGES; and the epilogue's own.
-#include "epilogues.cuh"
+// STAGE_STEPS (1, 2 or 4: the steps of a stage), STAGES; and the epilogue's own.
 #include "fragments.cuh"
+#include "gemm_epilogues.cuh"
 #include "segments.cuh"
 
-#define OVERLAP (WGMMA && TOKENS > 64)  // the next step is unpacked while one is multiplied
+#define OVERLAP WGMMA  // the next step is unpacked while one is multiplied
 
-constexpr int WARPS = 8, UNIT = 64;
-constexpr int STEPS = (K + STEP_COLUMNS - 1) / STEP_COLUMNS, GRAIN = STEPS % 4 ? 1 : 4;  // a split begins with a block of 256
+constexpr int WARPS = 8, UNIT = 64, BLOCK = 4;  // steps
+constexpr int BLOCKS = brain_tiles(K) / BLOCK;
+// A step's weights are loaded so many steps before: as many as there are registers for.
+constexpr int DISTANCE = TOKENS <= (WGMMA ? 128 : 32) ? 2 : 1;
 constexpr int WIDE = TOKENS < 128 ? TOKENS : 128, PARTS = TOKENS / WIDE;  // of a wgmma
 constexpr int TILE_ROWS_X = TOKENS < 64 ? TOKENS : 64, TILE_BYTES = 64 * STEP_COLUMNS * 2, COPY_BYTES = TILE_ROWS_X * STEP_COLUMNS * 2;
-constexpr int STAGE_BYTES = TOKENS * STEP_COLUMNS * 2, PITCH = 20, AT_ONCE = TILE_ROWS_X;
+constexpr int STEP_BYTES = TOKENS * STEP_COLUMNS * 2, STAGE_BYTES = STAGE_STEPS * STEP_BYTES, PITCH = 20, AT_ONCE = TILE_ROWS_X;
 constexpr int SLAB_BYTES = AT_ONCE * PITCH * 4, BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
-constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + WARPS * SLAB_BYTES + BARRIER_BYTES + TOKENS * 4 + 16;
+constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + WARPS * SLAB_BYTES + BARRIER_BYTES + TOKENS * 12 + 16;
 
 // Units of 64 rows of W, each of one matrix; of a pair, 32 rows of gate and the same of up.
 constexpr int UNITS0 = PAIRED ? (N0 + 31) / 32 : (N0 + UNIT - 1) / UNIT;
@@ -38,7 +41,7 @@ struct GemmArgs {
   Epilogue out;
   float* partial;  // [token tiles, PAIRS, SPLITS, WARPS, TOKENS / 2, lane], if there are splits
   u32* arrived;    // [token tiles, PAIRS], zero between launches
-  int n_rows;
+  int n_rows, skip;  // of the rows, the first `skip` are nobody's
   STAMPS
 };
 
@@ -62,55 +65,68 @@ struct Turn {  // a stage of the ring, and the parity of the round
   }
 };
 
-// x of the next steps in shared memory: TOKENS rows × 64 columns a stage. A stage is filled again AHEAD steps
-// before its use: at once where a barrier of the block says that everybody has read it; else a step later.
+// x of the next steps in shared memory: TOKENS rows × 64 columns × STAGE_STEPS a stage. A stage is filled again when
+// everybody has read it: a barrier of the block says so, or one of the stage, in the midst of the next step.
 struct XRing {
-  static constexpr int AHEAD = ARCH >= 90 ? STAGES - 2 : STAGES - 1;
+  static constexpr int AHEAD = STAGES - 1;
+  static constexpr bool FIXED = STAGES * STAGE_STEPS == BLOCK;  // a stage is always the same part of a block
   const u8* const x;   // the block's first tile
   u8* const stages;
   u64 *const full, *const empty;
   const int tiles, begin, end;  // tiles of rows; the block's columns, in steps
-  int left, column;    // steps still to request; the next
+  int left, column;    // stages still to request; the next's first step
   Turn now, next;      // to use, to request
 
   DEVICE XRing(const GemmArgs& a, u8* shared, u64* barriers, int first_row, int rows, int first, int last, int units)
       : x((const u8*)a.in.brain + (u64)((a.in.first + first_row) / 64) * (brain_tiles(K) * TILE_BYTES) + (a.in.first + first_row) % 64 * 128),
         stages(shared), full(barriers), empty(barriers + STAGES), tiles((rows + 63) / 64), begin(first), end(last),
-        left(units * (last - first)), column(first) {}
-  DEVICE const u8* tile(int i) const { return x + ((u64)i * brain_tiles(K) + column) * TILE_BYTES; }
+        left(units * (last - first) / STAGE_STEPS), column(first) {}
+  // Copy i of a stage: of a tile of 64 rows (if there are so many), and of a step.
+  static constexpr int TILES = (TOKENS + 63) / 64, COPIES = TILES * STAGE_STEPS;
+  DEVICE bool exists(int i) const { return i < COPIES && i % TILES < tiles; }
+  DEVICE const u8* source(int i) const { return x + ((u64)(i % TILES) * brain_tiles(K) + column + i / TILES) * TILE_BYTES; }
+  DEVICE u8* target(int i) const { return stages + next.stage * STAGE_BYTES + i / TILES * STEP_BYTES + i % TILES * COPY_BYTES; }
 
   DEVICE void request() {
-    u8* stage = stages + next.stage * STAGE_BYTES;
 #if ARCH >= 90
     if (threadIdx.x < 32 && left > 0) {
       barrier_wait(&empty[next.stage], next.parity ^ 1);
-      if (threadIdx.x == 0) barrier_arrive_expect(&full[next.stage], tiles * COPY_BYTES);
+      if (threadIdx.x == 0) barrier_arrive_expect(&full[next.stage], tiles * STAGE_STEPS * COPY_BYTES);
       sync_warp();
-      if (threadIdx.x < tiles) copy_bulk(stage + threadIdx.x * COPY_BYTES, tile(threadIdx.x), COPY_BYTES, &full[next.stage]);
+      if (exists(threadIdx.x)) copy_bulk(target(threadIdx.x), source(threadIdx.x), COPY_BYTES, &full[next.stage]);
     }
 #else
     constexpr int PIECES = COPY_BYTES / 16;
     if (left > 0)
-      for (int i = threadIdx.x; i < tiles * PIECES; i += WARPS * 32)
-        copy_async16(stage + i * 16, tile(i / PIECES) + i % PIECES * 16);
+      for (int i = threadIdx.x; i < COPIES * PIECES; i += WARPS * 32)
+        if (exists(i / PIECES)) copy_async16(target(i / PIECES) + i % PIECES * 16, source(i / PIECES) + i % PIECES * 16);
     copy_commit();
 #endif
     --left;
-    if (++column == end) column = begin;
+    if ((column += STAGE_STEPS) == end) column = begin;
     next.advance();
   }
-  DEVICE const u8* wait() {
+  // x of a step: quarter `quarter` of a block.
+  DEVICE const u8* wait(int quarter) {
+    if (quarter % STAGE_STEPS == 0) {
+      if (FIXED) now.stage = quarter / STAGE_STEPS, next.stage = (now.stage + AHEAD) % STAGES;
 #if ARCH >= 90
-    request();
-    barrier_wait(&full[now.stage], now.parity);
+      barrier_wait(&full[now.stage], now.parity);
 #else
-    copy_wait<STAGES - 2>();
-    sync_block();  // what was read a step ago is free
-    request();
+      copy_wait<STAGES - 2>();
+      sync_block();  // what was read a stage ago is free
+      request();
 #endif
-    return stages + now.stage * STAGE_BYTES;
+    }
+    return stages + now.stage * STAGE_BYTES + quarter % STAGE_STEPS * STEP_BYTES;
   }
-  DEVICE void release() {
+  DEVICE void refill(int quarter) {
+#if ARCH >= 90
+    if (quarter % STAGE_STEPS == 0) request();
+#endif
+  }
+  DEVICE void release(int quarter) {
+    if (quarter % STAGE_STEPS < STAGE_STEPS - 1) return;
 #if ARCH >= 90
     sync_warp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(&empty[now.stage]);
@@ -148,105 +164,124 @@ DEVICE void multiply(Sums& sums, const Operand& upper, const Operand& lower, con
 #endif
 }
 
+DEVICE void pin(Operand& o) {
+#if WGMMA
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pin(o.w[i >> 1][i & 1]);
+#endif
+}
+
 // Waits for what multiply() began.
 DEVICE void multiplied(Sums& sums, Operand& upper, Operand& lower) {
 #if WGMMA
   wgmma_wait();
 #pragma unroll
   for (int i = 0; i < TOKENS / 2; ++i) pin(sums.part[i / (WIDE / 2)][i % (WIDE / 2)]);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) pin(upper.w[i >> 1][i & 1]), pin(lower.w[i >> 1][i & 1]);
 #endif
+  pin(upper), pin(lower);
 }
 
-// Asks L2 for a slice of the tiles of eight rows: with few tokens a step is too short for the loads of the next
-// to come from memory.
+// Asks L2 for a slice of the tiles of eight rows: a step is too short for the loads of the next to come from memory.
 template <class T> DEVICE void prefetch(const u8* tiles, int slice) {
   if (slice >= T::SLICES) return;
   for (int tile = 0; tile < 2; ++tile)
     for (u32 i = (threadIdx.x & 31) * 32; i < T::bytes(slice); i += 32 * 32) prefetch_l2(tiles + T::offset(tile, slice) + i);
 }
 
-// One unit: all columns. UPPER and LOWER: the types of a lane's two rows.
-template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const GemmArgs& a, XRing& ring, const Place& p) {
-  if constexpr (UPPER != NONE && LOWER != NONE) {
-    using WU = Weights<UPPER>;
-    using WL = Weights<LOWER>;
-    using TU = Tiles<UPPER, K>;
-    using TL = Tiles<LOWER, K>;
-    const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
+// Where a warp's rows of W lie: the tiles of its first eight and of its last. UPPER, LOWER: their types.
+template <int UPPER, int LOWER> struct Halves {
+  using TU = Tiles<UPPER, K>;
+  using TL = Tiles<LOWER, K>;
+  const u8 *upper, *lower;
+  DEVICE Halves(const GemmArgs& a, const Place& p) {
     auto pick = [&](int segment) { return segment == 0 ? a.weights[0] : segment == 1 ? a.weights[1] : a.weights[2]; };
     const int n = p.segment == 0 ? S0::ROWS_PADDED : p.segment == 1 ? S1::ROWS_PADDED : S2::ROWS_PADDED;
     const int row = min(p.row, n - (PAIRED ? 8 : 16));  // rows beyond the last: computed, not kept
-    const int slice = ring.begin / STEPS_A_SLICE, first = ring.begin % STEPS_A_SLICE;
-    const u8 *upper_8 = pick(p.segment) + TU::offset(row / TILE_ROWS, 0);  // the tiles of eight rows
-    const u8 *lower_8 = PAIRED ? pick(1) + TL::offset(row / TILE_ROWS, 0) : upper_8 + TL::offset(2, 0);
-    const u64 tile = line / TILE_ROWS;
-    At at = {upper_8 + TU::offset(tile, slice), TU::blocks(slice), line % TILE_ROWS, quad, first, slice};
-    At other = {lower_8 + TL::offset(tile, slice), TL::blocks(slice), line % TILE_ROWS, quad, first, slice};
-    const u64 apart = lower_8 - upper_8;
-    auto lower_at = [&] {  // of equal types, one place is enough
-      At lower = UPPER == LOWER ? at : other;
-      if (UPPER == LOWER) lower.tile += apart;
-      return lower;
-    };
-    typename WU::Raw raw_upper;
-    typename WL::Raw raw_lower;
-    // A block of one step, or of four.
-    constexpr int BLOCK = larger(WU::STEPS, WL::STEPS);
-    static_assert(GRAIN % BLOCK == 0);
-    const int blocks = (ring.end - ring.begin) / BLOCK;
-    int left = blocks - 1;
-    auto load = [&](int quarter) {
-      WU::load(raw_upper, at, quarter);
-      WL::load(raw_lower, lower_at(), quarter);
-    };
-    auto unpack = [&](Operand& upper, Operand& lower, int quarter) {
-      WU::unpack(upper, raw_upper, quad, quarter);
-      WL::unpack(lower, raw_lower, quad, quarter);
-    };
-    auto advance = [&] {  // what is loaded last is loaded again: cheaper than a branch
-      if (left-- <= 0) return;
-      at.advance<TU, BLOCK>();
-      if (UPPER != LOWER) other.advance<TL, BLOCK>();
-      if (TOKENS <= 64 && at.step == 0) {
-        prefetch<TU>(upper_8, at.slice + 1);
-        prefetch<TL>(lower_8, at.slice + 1);
-      }
-    };
-    if (TOKENS <= 64)
-      for (int ahead = 0; ahead < 2; ++ahead) {
-        prefetch<TU>(upper_8, slice + ahead);
-        prefetch<TL>(lower_8, slice + ahead);
-      }
-    Operand upper, lower;
-    load(0);
-#if OVERLAP
-    Operand next_upper, next_lower;
-    unpack(next_upper, next_lower, 0);
-    if (BLOCK == 1) advance();
-    load(1 % BLOCK);
-#endif
-#pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
+    upper = pick(p.segment) + TU::offset(row / TILE_ROWS, 0);
+    lower = PAIRED ? pick(1) + TL::offset(row / TILE_ROWS, 0) : upper + TL::offset(2, 0);
+  }
+  DEVICE void ask(int slice) const { prefetch<TU>(upper, slice), prefetch<TL>(lower, slice); }
+};
+
+// Calls f with the Halves of a place: one copy of the code for each type, not for each matrix.
+template <class F> DEVICE void with_halves(const GemmArgs& a, const Place& p, F&& f) {
+  const int s = p.segment;
+  if constexpr (PAIRED) f(Halves<TYPE0, TYPE1>(a, p));
+  else if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) f(Halves<TYPE0, TYPE0>(a, p));
+  else if constexpr (TYPE1 != NONE) {
+    if (s == 1 || TYPE2 == TYPE1) f(Halves<TYPE1, TYPE1>(a, p));
+    else if constexpr (TYPE2 != NONE) f(Halves<TYPE2, TYPE2>(a, p));
+  }
+}
+
+// One unit: all columns. The first two slices have been asked for.
+template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<UPPER, LOWER>& halves, XRing& ring) {
+  using WU = Weights<UPPER>;
+  using WL = Weights<LOWER>;
+  using TU = Tiles<UPPER, K>;
+  using TL = Tiles<LOWER, K>;
+  const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
+  const int slice = ring.begin / STEPS_A_SLICE, first = ring.begin % STEPS_A_SLICE;
+  const u64 tile = line / TILE_ROWS;
+  At at = {halves.upper + TU::offset(tile, slice), TU::blocks(slice), line % TILE_ROWS, quad, first, slice};
+  At other = {halves.lower + TL::offset(tile, slice), TL::blocks(slice), line % TILE_ROWS, quad, first, slice};
+  const u64 apart = halves.lower - halves.upper;
+  auto lower_at = [&] {  // of equal types, one place is enough
+    At lower = UPPER == LOWER ? at : other;
+    if (UPPER == LOWER) lower.tile += apart;
+    return lower;
+  };
+  typename WU::Raw raw_upper;
+  typename WL::Raw raw_lower;
+  const int blocks = (ring.end - ring.begin) / BLOCK;
+  int left = blocks - 1;
+  auto load = [&](int quarter) {
+    WU::load(raw_upper, at, quarter);
+    WL::load(raw_lower, lower_at(), quarter);
+  };
+  struct Pair { Operand upper, lower; } even, odd;
+  auto unpack = [&](Pair& p, int quarter) {
+    WU::unpack(p.upper, raw_upper, quad, quarter);
+    WL::unpack(p.lower, raw_lower, quad, quarter);
+  };
+  auto advance = [&] {  // what is loaded last is loaded again: cheaper than a branch
+    if (left-- <= 0) return;
+    at.advance<TU>();
+    if (UPPER != LOWER) other.advance<TL>();
+    if (at.step == 0) halves.ask(at.slice + 1);
+  };
+  auto load_ahead = [&](int quarter) {  // quarter: what was unpacked last
+    const int next = (quarter + DISTANCE) % BLOCK;
+    if (next == 0) advance();
+    load(next);
+  };
 #pragma unroll
-      for (int quarter = 0; quarter < BLOCK; ++quarter) {
+  for (int quarter = 0; quarter < DISTANCE; ++quarter) load(quarter);
 #if OVERLAP
-        upper = next_upper;
-        lower = next_lower;
-        multiply(sums, upper, lower, ring.wait());
-        unpack(next_upper, next_lower, (quarter + 1) % BLOCK);
-        if ((quarter + 2) % BLOCK == 0) advance();
-        load((quarter + 2) % BLOCK);
-#else
-        unpack(upper, lower, quarter);
-        if (quarter + 1 == BLOCK) advance();
-        load((quarter + 1) % BLOCK);
-        multiply(sums, upper, lower, ring.wait());
+  unpack(even, 0);
+  load_ahead(0);
 #endif
-        multiplied(sums, upper, lower);
-        ring.release();
-      }
+  auto step = [&](Pair& now, Pair& next, int quarter) {
+#if OVERLAP
+    multiply(sums, now.upper, now.lower, ring.wait(quarter));
+    unpack(next, (quarter + 1) % BLOCK);
+    load_ahead((quarter + 1) % BLOCK);
+    ring.refill(quarter);
+#else
+    unpack(now, quarter);
+    load_ahead(quarter);
+    multiply(sums, now.upper, now.lower, ring.wait(quarter));
+    ring.refill(quarter);
+#endif
+    multiplied(sums, now.upper, now.lower);
+    ring.release(quarter);
+  };
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+#pragma unroll
+    for (int quarter = 0; quarter < BLOCK; quarter += 2) {
+      step(even, odd, quarter);
+      step(odd, even, quarter + 1);
     }
   }
 }
@@ -276,14 +311,42 @@ DEVICE bool join(const GemmArgs& a, Sums& sums, int pair, int* last) {
   return true;
 }
 
-// What follows: 64 tokens at a time through the warp's own shared memory, sixteen lanes a token.
-DEVICE void finish(const GemmArgs& a, const Sums& sums, float* slab, const float* inverse, const Place& p, bool any, int first_row, int rows) {
-  constexpr int OUTPUTS = PAIRED ? 8 : 16, TOKENS_A_WARP = 32 / OUTPUTS, BATCH = TOKENS > 32 ? 4 : 2;
-  const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3;
-  const int o = lane % OUTPUTS, n = p.row + o;
-  const int limit = p.segment == 0 ? N0 : p.segment == 1 ? N1 : N2;
+#if PAIRED
+// What follows: the products of gate and up, bfloat16, as rows of 64 bytes for each 32 of them, and so to the tiles.
+DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* inverse, const Where*, const Place& p, bool any, int first_row, int rows) {
+  const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3, group = threadIdx.x / 128, thread = threadIdx.x % 128;
+  u8* const slab = slabs + group * (4 * SLAB_BYTES);
+  const int n = p.row + line, within = n / 8 % 4 * 4 + (n & 1) * 2, piece = line >> 1;  // as Row::brain_at has them
+#pragma unroll
+  for (int t = 0; t < TOKENS / 8; ++t)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = 8 * t + 2 * quad + i, at = 8 * t % WIDE / 2 + i;
+      const float *part = sums.part[8 * t / WIDE], scale = NORM ? inverse[token] : 1.f;
+      const float v = n < N0 ? a.out.product(part[at] * scale, part[at + 2] * scale) : 0.f;  // columns beyond N0 stay zero
+      *(u16*)(slab + token * 64 + piece * 16 + within) = (u16)pack_brain2(v, 0.f);
+    }
+  sync_block();
+  const int column = p.row / 32 * 32;  // the unit's first
+#pragma unroll 4
+  for (int i = thread; i < TOKENS * 4; i += 128) {
+    const int token = i / 4;
+    if (any && token < rows && token + first_row >= a.skip)
+      *(uint4*)a.out.hidden.row<N0>(first_row + token).piece(column, i % 4) = *(const uint4*)(slab + i * 16);
+  }
+  sync_block();
+}
+#else
+// What follows: up to 64 tokens at a time through the warp's own shared memory, four lanes a token.
+DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* inverse, const Where* where, const Place& p, bool any, int first_row, int rows) {
+  constexpr int BATCH = AT_ONCE < 32 ? AT_ONCE / 8 : 4;
+  const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3, n = p.row + 4 * quad;
+  float* const slab = (float*)(slabs + threadIdx.x / 32 * SLAB_BYTES);
+  const int limit = p.segment == 0 ? N0 : p.segment == 1 ? N1 : N2, exist = any ? max(0, min(4, limit - n)) : 0;
   const float* bias = p.segment == 0 ? a.bias[0] : p.segment == 1 ? a.bias[1] : a.bias[2];
-  const float shift = !PAIRED && bias && n < limit ? bias[n] : 0.f;
+  float shift[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) shift[i] = bias && i < exist ? bias[n + i] : 0.f;
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS / AT_ONCE; ++chunk) {
 #pragma unroll
@@ -295,30 +358,28 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, float* slab, const float
       }
     sync_warp();
 #pragma unroll 1
-    for (int t = lane / OUTPUTS; t < AT_ONCE; t += BATCH * TOKENS_A_WARP) {
+    for (int first = line; first < AT_ONCE; first += 8 * BATCH) {
       Ready ready[BATCH];
+      auto token_of = [&](int i) { return chunk * AT_ONCE + first + 8 * i; };
+      auto count_of = [&](int token) { return token < rows && token + first_row >= a.skip ? exist : 0; };
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const int token = chunk * AT_ONCE + t + i * TOKENS_A_WARP, row = first_row + min(token, rows - 1);
-        const bool live = any && token < rows && n < limit;
-        ready[i] = a.out.prepare(row, p.segment, n, live);
-        a.out.fetch(ready[i], row, n, live);
+        const int token = token_of(i);
+        ready[i] = a.out.fetch(where[token], first_row + token, p.segment, n, count_of(token));
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const int token = chunk * AT_ONCE + t + i * TOKENS_A_WARP, row = first_row + min(token, rows - 1);
-        const bool live = any && token < rows && n < limit;
-        const float scale = NORM ? inverse[min(token, rows - 1)] : 1.f, *y = slab + (t + i * TOKENS_A_WARP) * PITCH;
-#if PAIRED
-        a.out.finish(ready[i], row, n, y[o] * scale, y[o + 8] * scale, live);
-#else
-        a.out.finish(ready[i], row, p.segment, n, y[o] * scale + shift, live);
-#endif
+        const int token = token_of(i);
+        const float scale = NORM ? inverse[token] : 1.f;
+        float4 y = *(const float4*)(slab + (first + 8 * i) * PITCH + 4 * quad);
+        y = make_float4(y.x * scale + shift[0], y.y * scale + shift[1], y.z * scale + shift[2], y.w * scale + shift[3]);
+        a.out.finish(ready[i], first_row + token, p.segment, n, y, count_of(token));
       }
     }
     sync_warp();
   }
 }
+#endif
 
 // 1/rms of each row: eight lanes a row, all of their loads in flight.
 DEVICE void inverse_rms(const GemmArgs& a, int first_row, int rows, float* inverse) {
@@ -343,15 +404,16 @@ DEVICE void inverse_rms(const GemmArgs& a, int first_row, int rows, float* inver
 KERNEL(WARPS * 32, WGMMA && TOKENS <= 16 ? 2 : 1) gemm(ARGS(GemmArgs, a)) {
 #if ARCH >= 80
   DYNAMIC_SHARED(shared);
-  float* const slabs = (float*)(shared + STAGES * STAGE_BYTES);
+  u8* const slabs = shared + STAGES * STAGE_BYTES;
   u64* const barriers = (u64*)(shared + STAGES * STAGE_BYTES + WARPS * SLAB_BYTES);
   float* const inverse = (float*)((u8*)barriers + BARRIER_BYTES);
-  int* const last = (int*)(inverse + TOKENS);
+  Where* const where = (Where*)(inverse + TOKENS);
+  int* const last = (int*)(inverse + 3 * TOKENS);
   const int warp = threadIdx.x >> 5;
   // Blocks side by side have other rows of x and the same of W, which L2 then holds.
   const int first_row = blockIdx.x * TOKENS, rows = min(TOKENS, a.n_rows - first_row);
   const int pairs = PAIRS > (int)blockIdx.y ? (PAIRS - 1 - (int)blockIdx.y) / (int)gridDim.y + 1 : 0;
-  auto split = [](int z) { return z * (STEPS / GRAIN) / SPLITS * GRAIN; };
+  auto split = [](int z) { return z * BLOCKS / SPLITS * BLOCK; };
   XRing ring(a, shared, barriers, first_row, rows, split(blockIdx.z), split(blockIdx.z + 1), pairs);
 #if ARCH >= 90
   if (threadIdx.x == 0) {
@@ -363,24 +425,28 @@ KERNEL(WARPS * 32, WGMMA && TOKENS <= 16 ? 2 : 1) gemm(ARGS(GemmArgs, a)) {
   }
 #endif
   dependents_launch();
+  auto unit_of = [&](int pair) { return 2 * pair + (warp >> 2); };
+  auto place_of = [&](int pair) { return place(min(unit_of(pair), UNITS - 1), warp & 3); };
+  auto ask_first = [&](const Place& p) {
+    with_halves(a, p, [&](const auto& halves) {
+      for (int ahead = 0; ahead < 2; ++ahead) halves.ask(ring.begin / STEPS_A_SLICE + ahead);
+    });
+  };
+  if (pairs) ask_first(place_of(blockIdx.y));  // weights wait for no kernel
   BEGIN(a);
   sync_block();
   for (int s = 0; s < XRing::AHEAD; ++s) ring.request();
   if (NORM) inverse_rms(a, first_row, rows, inverse);
+  for (int i = threadIdx.x; i < rows; i += WARPS * 32) where[i] = a.out.where(first_row + i);
   sync_block();
   for (int pair = blockIdx.y; pair < PAIRS; pair += gridDim.y) {
-    const int unit = 2 * pair + (warp >> 2);
-    const bool any = unit < UNITS;  // an odd number of units: the last pair computes one twice
-    const Place p = place(any ? unit : UNITS - 1, warp & 3);
+    const bool any = unit_of(pair) < UNITS;  // an odd number of units: the last pair computes one twice
+    const Place p = place_of(pair);
+    if (pair != blockIdx.y) ask_first(p);
     Sums sums = {};
-    const int s = p.segment;  // one copy of the code for each type, not for each matrix
-    if (PAIRED) accumulate<TYPE0, TYPE1>(sums, a, ring, p);
-    else if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0))
-      accumulate<TYPE0, TYPE0>(sums, a, ring, p);
-    else if (s == 1 || TYPE2 == TYPE1) accumulate<TYPE1, TYPE1>(sums, a, ring, p);
-    else accumulate<TYPE2, TYPE2>(sums, a, ring, p);
+    with_halves(a, p, [&](const auto& halves) { accumulate(sums, halves, ring); });
     if (SPLITS > 1 && !join(a, sums, pair, last)) continue;
-    finish(a, sums, slabs + warp * (SLAB_BYTES / 4), inverse, p, any, first_row, rows);
+    finish(a, sums, slabs, inverse, where, p, any, first_row, rows);
   }
 #endif
 }

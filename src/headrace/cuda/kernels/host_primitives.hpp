@@ -42,6 +42,8 @@ DEVICE void sincos_turns(float turns, float* s, float* c) {
   *c = (float)cos(2 * M_PI * turns);
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float divide_fast(float x, float y) { return x / y; }
+DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 template <class T> DEVICE T load_fresh(const T* p) { return *p; }
 DEVICE void prefetch_l2(const void* p) { (void)*(const volatile u8*)p; }  // AddressSanitizer sees it
 DEVICE void fence_device() {}

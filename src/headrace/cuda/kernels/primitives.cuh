@@ -34,6 +34,8 @@ DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turns, s, c); }
 
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }  // y below 2^126
+DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 
 // Loads that skip L1: for what another block or kernel wrote.
 template <class T> DEVICE T load_fresh(const T* p) { return __ldcg(p); }

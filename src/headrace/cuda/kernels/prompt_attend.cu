@@ -43,8 +43,6 @@ DEVICE void request(const Cache& cache, u8* stage, int slot, int head, int base)
 #endif
 }
 
-DEVICE u32 pack_halves(float x, float y) { return float_to_half(x) | (u32)float_to_half(y) << 16; }
-
 struct Span { int low, high; };  // the positions that a row sees
 
 struct Warp {  // its rows line and line + 8 of each of MT sixteens

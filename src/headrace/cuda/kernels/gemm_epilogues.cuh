@@ -1,0 +1,121 @@
+// What gemm does with its results: the epilogues of epilogues.cuh, for four neighbouring outputs of a row at once,
+// since a prompt has many. Activations are written as bfloat16; nothing that reads int8 follows.
+//
+//   STORE, RESIDUAL  as there.
+//   ROTARY           with the angles of the rows in a table (rotations.cu): all heads turn by the same.
+//   PRODUCT          from the sums themselves: gate and up of an output are one lane's.
+//
+// Ready holds what an output needs from memory: fetch() for several outputs comes before the finish() of the first.
+#pragma once
+#include "activations.cuh"
+
+#define STORE 0
+#define ROTARY 1
+#define RESIDUAL 2
+#define PRODUCT 3
+#define SILU 0
+#define GELU_TANH 1
+
+// Four floats, from where any number of them exists. TOGETHER: four lie on a boundary of 16 bytes.
+template <bool TOGETHER> DEVICE void store4(float* p, const float4& v, int count) {
+  if (TOGETHER && count == 4) { *(float4*)p = v; return; }
+  const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) p[i] = values[i];
+}
+
+#if EPILOGUE == STORE
+struct Where {};
+struct Ready {};
+struct Epilogue {
+  float* y;  // [rows, N0 + N1 + N2]
+  DEVICE Where where(int) const { return {}; }
+  DEVICE Ready fetch(const Where&, int, int, int, int) const { return {}; }
+  DEVICE float one(float v) const {
+    v *= LOGIT_SCALE;
+    return SOFTCAP > 0.f ? SOFTCAP * tanhf(v / SOFTCAP) : v;
+  }
+  DEVICE void finish(const Ready&, int row, int segment, int n, float4 v, int count) const {
+    constexpr int N = N0 + N1 + N2;
+    float* to = y + (u64)row * N + (segment == 0 ? 0 : segment == 1 ? N0 : N0 + N1) + n;
+    store4<N % 4 == 0 && N0 % 4 == 0 && N1 % 4 == 0>(to, make_float4(one(v.x), one(v.y), one(v.z), one(v.w)), count);
+  }
+};
+#elif EPILOGUE == ROTARY
+#include "kv_cache.cuh"
+struct Where { int page, position; };  // of a row in the cache
+struct Ready {
+  float4 turn;  // cosine and sine of two pairs
+  u16* cached;  // where k or v goes
+};
+struct Epilogue {
+  float* q;  // [rows, N0], rotated
+  Cache cache;
+  const float* rotations;  // [rows, ROPE_DIM / 2, cosine and sine]
+  DEVICE Where where(int row) const {
+    const int position = load_fresh(cache.positions + row);
+    return {(int)cache.page(load_fresh(cache.slots + row), position), position};
+  }
+  DEVICE Ready fetch(const Where& w, int row, int segment, int n, int count) const {
+    const int head = n / HEAD_DIM, dim = n % HEAD_DIM;
+    Ready r = {make_float4(1.f, 0.f, 1.f, 0.f), nullptr};
+    if (!count) return r;
+    if (segment < 2 && dim < ROPE_DIM) r.turn = load_fresh((const float4*)(rotations + (u64)row * ROPE_DIM + dim));
+    if (segment == 1) r.cached = cache.key(w.page, head, w.position) + dim;
+    if (segment == 2) r.cached = cache.value(w.page, head, dim) + w.position % PAGE_SIZE;
+    return r;
+  }
+  DEVICE void finish(const Ready& r, int row, int segment, int n, float4 v, int count) const {
+    if (!count) return;
+    if (segment < 2)
+      v = make_float4(fmaf(v.x, r.turn.x, -v.y * r.turn.y), fmaf(v.y, r.turn.x, v.x * r.turn.y),
+                      fmaf(v.z, r.turn.z, -v.w * r.turn.w), fmaf(v.w, r.turn.z, v.z * r.turn.w));
+    if (segment == 0) {
+      *(float4*)(q + (u64)row * N0 + n) = v;
+    } else if (segment == 1) {
+      *(uint2*)r.cached = make_uint2(pack_halves(v.x, v.y), pack_halves(v.z, v.w));
+    } else {
+      const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r.cached[i * PAGE_SIZE] = float_to_half(values[i]);
+    }
+  }
+};
+#elif EPILOGUE == RESIDUAL
+struct Where {};
+struct Ready { float4 gain, residual; };
+struct Epilogue {
+  Rows x;             // the residual stream
+  const float* gain;  // of the next norm
+  DEVICE Where where(int) const { return {}; }
+  DEVICE Ready fetch(const Where&, int row, int, int n, int count) const {
+    const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (!count) return {none, none};
+    return {*(const float4*)(gain + n), load_fresh((const float4*)(x.row<N0>(row).values + n))};
+  }
+  DEVICE void finish(const Ready& r, int row, int, int n, float4 v, int count) const {  // four lanes have sixteen outputs
+    v = make_float4(v.x + r.residual.x, v.y + r.residual.y, v.z + r.residual.z, v.w + r.residual.w);
+    float squares = v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    squares += shuffle_xor(squares, 1);
+    squares += shuffle_xor(squares, 2);
+    if (!count) return;
+    const Row to = x.row<N0>(row);
+    *(float4*)(to.values + n) = v;
+    *(u32*)to.brain_at(n) = pack_brain2(v.x * r.gain.x, v.y * r.gain.y);
+    *(u32*)to.brain_at(n + 2) = pack_brain2(v.z * r.gain.z, v.w * r.gain.w);
+    if (to.squares && n % GROUP == 0) to.squares[n / GROUP] = squares;
+  }
+};
+#elif EPILOGUE == PRODUCT
+struct Where {};
+struct Epilogue {
+  Rows hidden;
+  DEVICE Where where(int) const { return {}; }
+  // activation(gate) × up. Both activations are gate × sigmoid(z); the rounding to bfloat16 hides the division's.
+  DEVICE float product(float gate, float up) const {
+    const float z = ACTIVATION == SILU ? gate : 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+    return divide_fast(gate * up, 1.f + exp2_fast(fminf(-1.4426950408889634f * z, 126.f)));
+  }
+};
+#endif
