@@ -28,7 +28,7 @@ from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
 from headrace.cuda.lowering import Step
 from headrace.cuda.products import Tuning
-from headrace.cuda.runner import MAX_ROWS, PROMPT_ROWS, TENSOR_ROWS, CUDARunner
+from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
@@ -162,12 +162,12 @@ def breakdown(runner: CUDARunner, first: int, n: int = 1) -> list[dict[str, Any]
     return rows
 
 
-MODES: dict[str, dict[str, Any]] = {
-    "default": {"tensor_rows": TENSOR_ROWS, "prompt_rows": PROMPT_ROWS},
+MODES: dict[str, dict[str, Any] | None] = {
+    "default": None,
     "dots": {},
-    "tensor": {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS},
+    "tensor": {"tensor_rows": 1, "prompt_rows": 1024},
 }
-"""Options of the runner: as ``load_runner`` has them; integer dots alone; tensor cores alone."""
+"""Options of the runner: the best for the device; integer dots alone; tensor cores alone."""
 
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0),
@@ -245,10 +245,11 @@ def measure(
     decoder: Decoder, name: str, mode: str, ceiling: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     start = time.perf_counter()
+    gpu = CUDADevice()
+    how = best_options(gpu) if MODES[mode] is None else MODES[mode]
     runner = CUDARunner(
-        decoder, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning),
-        **MODES[mode],
-    )  # fmt: skip
+        decoder, gpu, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning), **how
+    )
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
     launches = runner.executor.lowering.launches(Step(1, 64, ((0, 1),)))

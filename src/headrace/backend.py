@@ -48,6 +48,10 @@ class Runner(Protocol):
     @property
     def device_name(self) -> str: ...
 
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of prompts that run best together in one step."""
+
     def allocate_cache(self, n_pages: int) -> None:
         """Make room for ``n_pages`` pages of every layer, dropping what was cached.
 

@@ -56,9 +56,12 @@ def load_runner(
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        from headrace.cuda.runner import MAX_ROWS, CUDARunner
+        from headrace.cuda.gpu import CUDADevice
+        from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 
-        return CUDARunner(decoder, max_rows=max(MAX_ROWS, max_sequences))
+        gpu: Any = CUDADevice()
+        rows = max(MAX_ROWS, max_sequences)
+        return CUDARunner(decoder, gpu, max_rows=rows, **best_options(gpu))
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
 
 

@@ -14,7 +14,7 @@ from headrace.backend import DecodeRow
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
 from headrace.cuda.memory import plan
-from headrace.cuda.runner import CUDARunner
+from headrace.cuda.runner import CUDARunner, best_options
 from headrace.cuda.weights import STAGING_BYTES
 from headrace.engine.engine import Engine
 from headrace.errors import DeviceError
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 def test_the_plan_is_what_is_taken(long_decoder: Decoder) -> None:
     device = HostDevice()
     planned = dict(plan(long_decoder, device, 1024, max_rows=16))
-    runner = CUDARunner(long_decoder, device, max_rows=16)
+    runner = CUDARunner(long_decoder, device, max_rows=16, **best_options(device))
     runner.allocate_cache(16)
     next(runner.decode([DecodeRow([1], [0], 1, GREEDY, 0)], 1))
     taken = sum(n_bytes for _, n_bytes in runner.memory_plan())

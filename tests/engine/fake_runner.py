@@ -84,6 +84,7 @@ def scripted(answers: dict[str, str]) -> Callable[[Sequence[int]], np.ndarray]:
 
 class FakeRunner:
     device_name = "fake"
+    prompt_rows = 256
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class FakeRunner:
     """
 
     device_name = "fake"
+    prompt_rows = 256
 
     def __init__(self, decoder: Decoder, seconds: Callable[[Part], float]) -> None:
         self.decoder, self.seconds = decoder, seconds

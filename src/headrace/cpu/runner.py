@@ -72,6 +72,8 @@ class CPURunner:
         self._team: Team | None = None
         self._instrument: Instrument | None = None
 
+    prompt_rows = MAX_ROWS
+
     @property
     def device_name(self) -> str:
         return f"CPU ({self._isa.name}, {self._n_threads} threads)"

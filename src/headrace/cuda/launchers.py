@@ -155,16 +155,13 @@ def prompt_attend(
     """As :func:`attend`, to bfloat16, and made for many rows of each slot."""
     require(device.arch >= 80, f"attention of prompts needs sm_80, not sm_{device.arch}")
     group, dim = shape.n_heads // shape.n_kv_heads, shape.cache_dim
-    tiles, fragments = 2 if dim <= 128 else 1, dim // 16
-    for most, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2)):
-        heads = min(group, most)
-        warps = most // heads * heads
-        tokens = warps // heads * tiles * 16
-        shared = stages * 128 * dim + warps * tiles * fragments * 512 + 2 * tokens * 4
-        if shared <= device.shared_limit:
-            break
+    together = device.arch == 90 and dim in (64, 128)
+    if together:
+        heads = min((8, 4, 2, 1), key=lambda n: -(-group // n) * n)  # the fewest idle
+        warps, stages, tokens = 8, 4, 8 // heads * 16
+        shared = stages * 256 * dim + 2 * tokens * 4
     else:
-        raise DeviceError(f"no attention of heads of {dim} fits {device.shared_limit:,} bytes")
+        heads, warps, stages, tokens, shared = _prompt_tile(device, group, dim)
     constants = shape.macros | {
         "HEADS": shape.n_heads,
         "SCALE": float(scale),
@@ -173,12 +170,26 @@ def prompt_attend(
         "HEAD_TILE": heads,
         "WARPS": warps,
         "STAGES": stages,
+        "TOGETHER": together,
         "BRAIN": True,
     }
     grid = (shape.n_kv_heads * -(-group // heads), -(-arguments.n_rows // tokens), 1)
     return Launch(
         Specialisation.of("prompt_attend", constants), grid, warps * 32, shared, arguments
     )
+
+
+def _prompt_tile(device: Device, group: int, dim: int) -> tuple[int, int, int, int, int]:
+    """Heads, warps, stages, rows and shared bytes of a block, where each warp is on its own."""
+    tiles, fragments = 2 if dim <= 128 else 1, dim // 16
+    for most, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2)):
+        heads = min(group, most)
+        warps = most // heads * heads
+        tokens = warps // heads * tiles * 16
+        shared = stages * 128 * dim + warps * tiles * fragments * 512 + 2 * tokens * 4
+        if shared <= device.shared_limit:
+            return heads, warps, stages, tokens, shared
+    raise DeviceError(f"no attention of heads of {dim} fits {device.shared_limit:,} bytes")
 
 
 def embed(matrix: Matrix, arguments: c.Embed, n_rows: int, *, scale: float) -> Launch:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from headrace.backend import PAGE_SIZE
 from headrace.cuda import cache, sampling
 from headrace.cuda.device import Device
 from headrace.cuda.launchers import SampleShape
 from headrace.cuda.lowering import Lowering
 from headrace.cuda.products import Tuning
-from headrace.cuda.runner import MAX_ROWS
+from headrace.cuda.runner import MAX_ROWS, best_options
 from headrace.cuda.weights import STAGING_BYTES, WeightIndex
 from headrace.model.decoder import Decoder
 
@@ -18,15 +20,13 @@ def plan(
     device: Device,
     context: int,
     max_rows: int = MAX_ROWS,
-    tensor_rows: int | None = None,
-    prompt_rows: int = 0,
+    **options: Any,
 ) -> list[tuple[str, int]]:
-    """(what, bytes) for one sequence of ``context`` positions."""
+    """(what, bytes) for one sequence of ``context`` positions; ``options``: the runner's (default:
+    :func:`~headrace.cuda.runner.best_options`)."""
     weights = WeightIndex(decoder)
-    lowering = Lowering(
-        decoder, device, weights, max_rows,
-        floats=False, tensor_rows=tensor_rows, prompt_rows=prompt_rows, tuning=Tuning(),
-    )  # fmt: skip
+    wanted = {"tensor_rows": None, "prompt_rows": 0} | (options or best_options(device))
+    lowering = Lowering(decoder, device, weights, max_rows, floats=False, tuning=Tuning(), **wanted)
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)
     history = min(n_pages * PAGE_SIZE, decoder.config.context_length)

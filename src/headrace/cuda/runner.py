@@ -26,10 +26,14 @@ from headrace.sampling import SamplingParams
 
 MAX_ROWS = 64
 """Rows of one pass over the weights, unless more sequences are to generate at once."""
-TENSOR_ROWS, PROMPT_ROWS = 8, 1024
-"""What :class:`Executor` is asked for on a device that has tensor cores for bfloat16."""
 
 _PLANS_KEPT = 64
+
+
+def best_options(device: Device) -> dict[str, Any]:
+    """Options of :class:`CUDARunner` for the greatest speed on ``device``: tensor cores where they
+    take bfloat16. docs/decisions/014 has what was measured."""
+    return {"tensor_rows": 8, "prompt_rows": 1024} if device.arch >= 80 else {}
 
 
 class CUDARunner:
@@ -49,6 +53,10 @@ class CUDARunner:
     @property
     def counters(self) -> Counters:
         return self.executor.counters
+
+    @property
+    def prompt_rows(self) -> int:
+        return self.executor.lowering.most_rows
 
     @property
     def max_burst_rows(self) -> int:

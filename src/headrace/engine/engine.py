@@ -43,7 +43,8 @@ class Engine:
 
     context: most tokens of one sequence, prompt and answer. n_pages: KV pages for all sequences
     together (default: one context's worth). max_sequences: most that run at once; the others wait.
-    chunk: most prompt rows in one step; chunk_beside: the same while other sequences generate.
+    chunk: most prompt rows in one step (default: as many as run best on the device); chunk_beside:
+    the same while other sequences generate (default: a quarter of them).
 
     :meth:`add`, :meth:`cancel` and :meth:`step` may be called from any thread; steps take turns.
     """
@@ -56,8 +57,8 @@ class Engine:
         context: int | None = None,
         n_pages: int | None = None,
         max_sequences: int = 16,
-        chunk: int = 256,
-        chunk_beside: int = 64,
+        chunk: int | None = None,
+        chunk_beside: int | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
@@ -67,6 +68,8 @@ class Engine:
         n_pages = pages_for(self.context) if n_pages is None else n_pages
         check_integer("n_pages", n_pages, pages_for(self.context), 2**31 - 1)
         check_integer("max_sequences", max_sequences, 1, 2**16)
+        chunk = runner.prompt_rows if chunk is None else chunk
+        chunk_beside = -(-chunk // 4) if chunk_beside is None else chunk_beside
         self.chunk = check_integer("chunk", chunk, 1, 2**20)
         runner.allocate_cache(n_pages)
         self.pool = PagePool(n_pages)

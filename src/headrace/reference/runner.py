@@ -64,6 +64,8 @@ class ReferenceRunner:
         # [n_layers, 2 (k, v), n_pages, PAGE_SIZE, n_kv_heads, head_dim]
         self._cache: Array | None = None
 
+    prompt_rows = 256
+
     @property
     def device_name(self) -> str:
         return f"reference (NumPy {self._dtype.name})"

@@ -15,6 +15,7 @@
 #include "fragments.cuh"
 #include "gemm_epilogues.cuh"
 #include "segments.cuh"
+#include "wgmma.cuh"
 
 #define OVERLAP WGMMA  // the next step is unpacked while one is multiplied
 
@@ -176,7 +177,7 @@ DEVICE void multiplied(Sums& sums, Operand& upper, Operand& lower) {
 #if WGMMA
   wgmma_wait();
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; ++i) pin(sums.part[i / (WIDE / 2)][i % (WIDE / 2)]);
+  for (int p = 0; p < PARTS; ++p) pin(sums.part[p]);
 #endif
   pin(upper), pin(lower);
 }

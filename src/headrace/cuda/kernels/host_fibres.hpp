@@ -107,7 +107,8 @@ namespace host {
 constexpr size_t STACK = 64 << 10, SHARED = 256 << 10;
 
 struct Wgmma {
-  void (*run)(float*, const u32 (&)[4][4], const u8*);
+  void (*run)(float*, const u32 (&)[4][4], const u8*, bool);
+  bool accumulate;
   float* d;
   u32 rows[4][4];  // of A, of the quad's lanes
   const u8* b;
@@ -117,9 +118,9 @@ struct Fibre {
   const volatile u32* waits_on;  // runnable once this word differs from `seen`
   u32 seen;
   bool done;
-  struct Copy16 { void* target; const void* source; };
+  struct Copy16 { void* target; const void* source; u32 bytes; };
   std::vector<std::vector<Copy16>> groups;  // cp.async groups in flight, the open one last
-  std::vector<Wgmma> wgmmas;                // not waited for
+  std::vector<std::vector<Wgmma>> wgmmas;   // likewise
 };
 struct Slot { u32 word[6]; };
 struct Warp {

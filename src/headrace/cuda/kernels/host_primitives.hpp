@@ -101,7 +101,9 @@ DEVICE void mma_brain(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 // As Hopper's: nothing is read or added before the wait, so what changes too early shows.
 namespace host {
-template <int N> void wgmma_late(float* d, const u32 (&rows)[4][4], const u8* b) {
+template <int N, bool BRAIN_KIND> void wgmma_late(float* d, const u32 (&rows)[4][4], const u8* b, bool accumulate) {
+  auto value = [](u32 word, int i) { return BRAIN_KIND ? brain_at(word, i) : half_to_float((u16)(word >> (16 * i))); };
+  if (!accumulate) memset(d, 0, N / 2 * sizeof(float));
   const u32 quad = threadIdx.x & 3;
   for (int t = 0; t < N / 8; ++t)
     for (int i = 0; i < 4; ++i)
@@ -109,25 +111,38 @@ template <int N> void wgmma_late(float* d, const u32 (&rows)[4][4], const u8* b)
         const uintptr_t at = (uintptr_t)b + (8 * t + 2 * quad + (i & 1)) * 128 + k / 8 * 16;
         u16 x;
         memcpy(&x, (const u8*)(at ^ (at >> 7 & 7) << 4) + k % 8 * 2, 2);
-        d[4 * t + i] += brain_at(rows[(k & 7) >> 1][(i >> 1) + 2 * (k >> 3)], k & 1) * bits_to_float((u32)x << 16);
+        d[4 * t + i] += value(rows[(k & 7) >> 1][(i >> 1) + 2 * (k >> 3)], k & 1) * value(x, 0);
       }
 }
 }  // namespace host
 DEVICE u64 wgmma_descriptor(const void* b) { return (u64)b >> 4; }
-template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
-  const host::Slot* lanes = host::meet({{a[0], a[1], a[2], a[3]}});
-  host::Wgmma late{host::wgmma_late<N>, d, {}, (const u8*)(b << 4)};
+namespace host {
+template <int N, bool BRAIN_KIND> void wgmma(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool accumulate) {
+  const Slot* lanes = meet({{a[0], a[1], a[2], a[3]}});
+  Wgmma late{wgmma_late<N, BRAIN_KIND>, accumulate, d, {}, (const u8*)(b << 4)};
   for (u32 q = 0; q < 4; ++q) memcpy(late.rows[q], lanes[(threadIdx.x & 28) + q].word, 16);
-  host::block.fibres[host::block.current].wgmmas.push_back(late);
+  auto& groups = block.fibres[block.current].wgmmas;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back(late);
 }
+}  // namespace host
+template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool more = true) { host::wgmma<N, true>(d, a, b, more); }
+template <int N> DEVICE void wgmma_half(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool more = true) { host::wgmma<N, false>(d, a, b, more); }
 DEVICE void wgmma_fence() {}
-DEVICE void wgmma_commit() {}
-DEVICE void wgmma_wait() {
-  auto& late = host::block.fibres[host::block.current].wgmmas;
-  for (auto& w : late) w.run(w.d, w.rows, w.b);
-  late.clear();
+DEVICE void wgmma_commit() {
+  auto& groups = host::block.fibres[host::block.current].wgmmas;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+template <int PENDING = 0> DEVICE void wgmma_wait() {
+  auto& groups = host::block.fibres[host::block.current].wgmmas;
+  while (groups.size() > PENDING + 1) {
+    for (auto& w : groups.front()) w.run(w.d, w.rows, w.b, w.accumulate);
+    groups.erase(groups.begin());
+  }
   sync_warp();
 }
+DEVICE void fence_for_wgmma() {}
 template <class T> DEVICE void pin(T&) {}
 
 namespace host {
@@ -167,11 +182,11 @@ DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier)
   host::poison(target, bytes);
   host::block.copies.push_back({target, source, bytes, barrier});
 }
-DEVICE void copy_async16(void* target, const void* source) {
+DEVICE void copy_async16(void* target, const void* source, int bytes = 16) {
   host::poison(target, 16);
   auto& groups = host::block.fibres[host::block.current].groups;
   if (groups.empty()) groups.emplace_back();
-  groups.back().push_back({target, source});
+  groups.back().push_back({target, source, (u32)bytes});
 }
 DEVICE void copy_commit() {
   auto& groups = host::block.fibres[host::block.current].groups;
@@ -183,7 +198,8 @@ template <int PENDING> DEVICE void copy_wait() {
   while (groups.size() > PENDING + 1) {
     for (auto& c : groups.front()) {
       ASAN_UNPOISON_MEMORY_REGION(c.target, 16);
-      memcpy(c.target, c.source, 16);
+      memcpy(c.target, c.source, c.bytes);
+      memset((u8*)c.target + c.bytes, 0, 16 - c.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -123,71 +123,13 @@ DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier)
                ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 #endif
-#if WGMMA
-// D[64, N] += A[64, 16] B[N, 16]ᵀ by four warps together, bfloat16 operands and f32 sums, asynchronously: D and A
-// are a warp's sixteen rows of mma.m16n8k16, side by side. B, in shared memory, is 16 columns of a tile of 128-byte
-// rows under the 128-byte swizzle, by a descriptor: of where they begin in the first row, in units of 16 bytes.
-DEVICE u64 wgmma_descriptor(const void* b) {
-  // Start, and 1,024 bytes from eight rows to the next, in units of 16 bytes; the swizzle's code.
-  return (u64)((shared_address(b) & 0x3ffffu) >> 4) | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
-}
-#define SUMS4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUMS16(d, i) SUMS4(d, i), SUMS4(d, i + 4), SUMS4(d, i + 8), SUMS4(d, i + 12)
-template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], u64 b);  // b: a descriptor
-template <> DEVICE void wgmma_brain<8>(float (&d)[4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3"
-      "}, {%4,%5,%6,%7}, %8, accumulate, 1, 1, 0; }"
-      : SUMS4(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <> DEVICE void wgmma_brain<16>(float (&d)[8], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7"
-      "}, {%8,%9,%10,%11}, %12, accumulate, 1, 1, 0; }"
-      : SUMS4(d, 0), SUMS4(d, 4)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <> DEVICE void wgmma_brain<32>(float (&d)[16], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-      "}, {%16,%17,%18,%19}, %20, accumulate, 1, 1, 0; }"
-      : SUMS16(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <> DEVICE void wgmma_brain<64>(float (&d)[32], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, %36, accumulate, 1, 1, 0; }"
-      : SUMS16(d, 0), SUMS16(d, 16)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <> DEVICE void wgmma_brain<128>(float (&d)[64], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, {%64,%65,%66,%67}, %68, accumulate, 1, 1, 0; }"
-      : SUMS16(d, 0), SUMS16(d, 16), SUMS16(d, 32), SUMS16(d, 48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-// To the compiler a value is used and changed here: neither may it move, nor its register be another's before.
-DEVICE void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
-DEVICE void pin(u32& v) { asm volatile("" : "+r"(v)::"memory"); }
-#endif
 #if ARCH >= 80
 DEVICE void copy_async16(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
+}
+// The same of the first `bytes`; zeros after them.
+DEVICE void copy_async16(void* target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes) : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }

@@ -1,0 +1,148 @@
+// Hopper's way of prompt_attend.cu, for heads of 64 or 128: a warp has sixteen rows of a query head, four warps
+// multiply together, 64 positions (a page) at a time. While a step's probabilities are worked out, the products of
+// queries and the next step's keys, and of the last step's probabilities and values, run.
+#pragma once
+#include "wgmma.cuh"
+
+constexpr int MT = 1, STEP = PAGE_SIZE, HALF_TILE = 64 * 128;  // bytes of 64 rows of 64
+constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = 2;
+
+// Keys as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them.
+DEVICE void request(const Cache& cache, u8* stage, int slot, int head, int base, int end) {
+  const u64 page = cache.page(slot, base);
+  const u16 *keys = cache.key(page, head, base), *values = cache.value(page, head, 0);
+  for (int i = threadIdx.x; i < KEY_BYTES / 16; i += WARPS * 32) {
+    const int position = i / (CACHE_DIM / 8), piece = i % (CACHE_DIM / 8);
+    copy_async16(stage + piece / 8 * HALF_TILE + position * 128 + ((piece ^ position) & 7) * 16, keys + i * 8);
+    const int dim = i / 8, part = i % 8, left = end - base - 8 * part;  // what lies beyond may be anything: 0 × NaN
+    copy_async16(stage + KEY_BYTES + dim * 128 + ((part ^ dim) & 7) * 16, values + i * 8, 2 * min(8, max(0, left)));
+  }
+}
+
+struct Scores { float s[STEP / 2]; };
+struct Weights { u32 w[STEP / 16][4]; };
+
+struct Warp {  // its rows line and line + 8
+  float accumulator[MT][CACHE_DIM / 8][4] = {};
+  float largest[MT][2] = {{-INFINITY, -INFINITY}}, sum[MT][2] = {};
+  u32 q[CACHE_DIM / 16][4];
+  int lowest_high, highest_low;  // positions outside of them some row does not see
+
+  using Accumulator = float[CACHE_DIM / 2];
+  DEVICE Accumulator& flat() { return *(Accumulator*)accumulator; }
+
+  DEVICE void load_query(const float* q_rows, uint4*, int first_row, int token, int rows, int head) {
+    const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
+#pragma unroll
+    for (int g = 0; g < CACHE_DIM / 16; ++g)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = token + line + 8 * (i & 1), dim = 16 * g + 2 * quad + 8 * (i >> 1);
+        const bool live = row < rows && dim < HEAD_DIM;
+        const float2 v = live ? load_fresh((const float2*)(q_rows + ((u64)(first_row + row) * HEADS + head) * HEAD_DIM + dim)) : make_float2(0.f, 0.f);
+        q[g][i] = pack_halves(v.x * SCALED, v.y * SCALED);
+      }
+  }
+  DEVICE void see(const Span (&spans)[MT][2]) {
+    lowest_high = min(spans[0][0].high, spans[0][1].high);
+    highest_low = max(spans[0][0].low, spans[0][1].low);
+#pragma unroll
+    for (int step = 16; step; step >>= 1) {
+      lowest_high = min(lowest_high, shuffle_xor(lowest_high, step));
+      highest_low = max(highest_low, shuffle_xor(highest_low, step));
+    }
+  }
+  DEVICE void start_scores(Scores& scores, const u8* stage) {
+    wgmma_fence();
+#pragma unroll
+    for (int g = 0; g < CACHE_DIM / 16; ++g)
+      wgmma_half<STEP>(scores.s, q[g], wgmma_descriptor(stage + g / 4 * HALF_TILE) + g % 4 * 2, g > 0);
+    wgmma_commit();
+  }
+  DEVICE void start_values(Weights& weights, const u8* stage) {
+    wgmma_fence();
+    const u64 descriptor = wgmma_descriptor(stage + KEY_BYTES);
+#pragma unroll
+    for (int g = 0; g < STEP / 16; ++g) wgmma_half<CACHE_DIM>(flat(), weights.w[g], descriptor + g * 2);
+    wgmma_commit();
+  }
+  // Probabilities of a step, and what the accumulator is to be multiplied by.
+  DEVICE void weigh(Scores& scores, Weights& weights, float (&keep)[2], int base, const Span (&spans)[MT][2]) {
+    const int quad = threadIdx.x & 3;
+    const bool all_seen = base + STEP <= lowest_high && base >= highest_low;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Span span = spans[0][half];
+      float most = largest[0][half];
+#pragma unroll
+      for (int t = 0; t < STEP / 8; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = scores.s[4 * t + 2 * half + e];
+          if constexpr (SOFTCAP > 0.f) s = LOG2_E * SOFTCAP * tanhf(s / SOFTCAP);
+          const int position = base + 8 * t + 2 * quad + e;
+          if (!all_seen) s = position >= span.low && position < span.high ? s : -INFINITY;
+          most = fmaxf(most, s);
+        }
+      most = fmaxf(most, shuffle_xor(most, 1));
+      most = fmaxf(most, shuffle_xor(most, 2));
+      const float finite = most == -INFINITY ? 0.f : most;
+      keep[half] = exp2_fast(largest[0][half] - finite);
+      largest[0][half] = most;
+      float total = sum[0][half] * keep[half];
+#pragma unroll
+      for (int t = 0; t < STEP / 8; ++t) {
+        float* s = scores.s + 4 * t + 2 * half;
+        s[0] = exp2_fast(s[0] - finite), s[1] = exp2_fast(s[1] - finite);
+        total += s[0] + s[1];
+        weights.w[t / 2][t % 2 * 2 + half] = pack_halves(s[0], s[1]);
+      }
+      sum[0][half] = total;
+    }
+  }
+
+  // Positions start … high - 1 of a slot.
+  DEVICE void attend(const Cache& cache, u8* stages, const uint4*, int slot, int kv_head, int start, int high, const Span (&spans)[MT][2]) {
+    see(spans);
+    const int steps = (high - start + STEP - 1) / STEP;
+    auto stage_of = [&](int s) { return stages + s % STAGES * STAGE_BYTES; };
+    auto request_step = [&](int s) {
+      if (s < steps) request(cache, stage_of(s), slot, kv_head, start + s * STEP, high);
+      copy_commit();
+    };
+    auto arrived = [&] {
+      fence_for_wgmma();
+      sync_block();
+    };
+    for (int s = 0; s < AHEAD; ++s) request_step(s);
+    copy_wait<AHEAD - 1>();
+    arrived();
+    Scores even, odd;
+    Weights even_weights, odd_weights;
+    start_scores(even, stage_of(0));
+    wgmma_wait();
+    pin(even.s);
+    auto step = [&](Scores& now, Scores& next, Weights& weights, int s) {
+      copy_wait<AHEAD - 2>();  // step s + 1 is here
+      arrived();
+      request_step(s + AHEAD);
+      if (s + 1 < steps) start_scores(next, stage_of(s + 1));
+      float keep[2];
+      weigh(now, weights, keep, start + s * STEP, spans);
+      if (s + 1 < steps) wgmma_wait<1>();  // the values of step s - 1
+      else wgmma_wait();
+      pin(flat());
+#pragma unroll
+      for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
+      start_values(weights, stage_of(s));
+      wgmma_wait<1>();  // the next scores
+      pin(next.s);
+    };
+    for (int s = 0; s < steps; s += 2) {
+      step(even, odd, even_weights, s);
+      if (s + 1 < steps) step(odd, even, odd_weights, s + 1);
+    }
+    wgmma_wait();
+    pin(flat());
+  }
+};
