@@ -1,6 +1,6 @@
 // Hopper's way of prompt_attend.cu, for heads of 64 or 128: a warp has sixteen rows of a query head, four warps
 // multiply together, 64 positions (a page) at a time. While a step's probabilities are worked out, the products of
-// queries and the next step's keys, and of the last step's probabilities and values, run.
+// the last step's and its values run, and whatever the other four warps have begun.
 #pragma once
 #include "wgmma.cuh"
 
@@ -66,8 +66,8 @@ struct Warp {  // its rows line and line + 8
     for (int g = 0; g < STEP / 16; ++g) wgmma_half<CACHE_DIM>(flat(), weights.w[g], descriptor + g * 2);
     wgmma_commit();
   }
-  // Probabilities of a step, and what the accumulator is to be multiplied by.
-  DEVICE void weigh(Scores& scores, Weights& weights, float (&keep)[2], int base, const Span (&spans)[MT][2]) {
+  // Scores of a step become probabilities; keep: what the accumulator is to be multiplied by.
+  DEVICE void weigh(Scores& scores, float (&keep)[2], int base, const Span (&spans)[MT][2]) {
     const int quad = threadIdx.x & 3;
     const bool all_seen = base + STEP <= lowest_high && base >= highest_low;
 #pragma unroll
@@ -95,10 +95,14 @@ struct Warp {  // its rows line and line + 8
         float* s = scores.s + 4 * t + 2 * half;
         s[0] = exp2_fast(s[0] - finite), s[1] = exp2_fast(s[1] - finite);
         total += s[0] + s[1];
-        weights.w[t / 2][t % 2 * 2 + half] = pack_halves(s[0], s[1]);
       }
       sum[0][half] = total;
     }
+  }
+
+  DEVICE static void pack(Weights& weights, const Scores& scores) {
+#pragma unroll
+    for (int i = 0; i < STEP / 4; ++i) weights.w[i / 4][i % 4] = pack_halves(scores.s[2 * i], scores.s[2 * i + 1]);
   }
 
   // Positions start … high - 1 of a slot.
@@ -117,31 +121,34 @@ struct Warp {  // its rows line and line + 8
     for (int s = 0; s < AHEAD; ++s) request_step(s);
     copy_wait<AHEAD - 1>();
     arrived();
-    Scores even, odd;
-    Weights even_weights, odd_weights;
-    start_scores(even, stage_of(0));
+    Scores scores;
+    Weights weights;
+    float keep[2];
+    start_scores(scores, stage_of(0));
     wgmma_wait();
-    pin(even.s);
-    auto step = [&](Scores& now, Scores& next, Weights& weights, int s) {
+    pin(scores.s);
+    weigh(scores, keep, start, spans);
+#pragma unroll
+    for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
+    pack(weights, scores);
+    for (int s = 0; s + 1 < steps; ++s) {
       copy_wait<AHEAD - 2>();  // step s + 1 is here
       arrived();
       request_step(s + AHEAD);
-      if (s + 1 < steps) start_scores(next, stage_of(s + 1));
-      float keep[2];
-      weigh(now, weights, keep, start + s * STEP, spans);
-      if (s + 1 < steps) wgmma_wait<1>();  // the values of step s - 1
-      else wgmma_wait();
+      start_scores(scores, stage_of(s + 1));
+      start_values(weights, stage_of(s));
+      wgmma_wait<1>();
+      pin(scores.s);
+      weigh(scores, keep, start + (s + 1) * STEP, spans);
+      wgmma_wait();
       pin(flat());
 #pragma unroll
       for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
-      start_values(weights, stage_of(s));
-      wgmma_wait<1>();  // the next scores
-      pin(next.s);
-    };
-    for (int s = 0; s < steps; s += 2) {
-      step(even, odd, even_weights, s);
-      if (s + 1 < steps) step(odd, even, odd_weights, s + 1);
+#pragma unroll
+      for (int g = 0; g < STEP / 16; ++g) pin(weights.w[g]);
+      pack(weights, scores);
     }
+    start_values(weights, stage_of(steps - 1));
     wgmma_wait();
     pin(flat());
   }
