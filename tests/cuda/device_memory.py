@@ -43,9 +43,9 @@ def activations(device: Device, rows: int, width: int, *, brain: bool = False) -
     )  # fmt: skip
 
 
-_COLUMN = np.arange(64)
-_PLACE = (_COLUMN >> 3 & 4 | _COLUMN >> 1 & 3) * 8 + (_COLUMN >> 2 & 6 | _COLUMN & 1)
-"""Where a column of 64 is stored (kernels/activations.cuh), before the swizzle."""
+_COLUMN = np.arange(256)
+_PLACE = (_COLUMN >> 4 & 3) * 64 + (_COLUMN >> 1 & 7) * 8 + (_COLUMN >> 5 & 6 | _COLUMN & 1)
+"""Where a column of 256 is stored (kernels/activations.cuh), before the swizzle."""
 
 
 def tiled(x: np.ndarray) -> np.ndarray:
@@ -54,8 +54,8 @@ def tiled(x: np.ndarray) -> np.ndarray:
     n, m, _ = brain_shape(rows, k)
     whole = np.full((n * 64, m * 64), 0xFFFF, np.uint16)
     whole[:rows, :k], whole[:, k:] = x, 0
-    placed = np.empty((n * 64, m, 64), np.uint16)
-    placed[..., _PLACE] = whole.reshape(n * 64, m, 64)
+    placed = np.empty((n * 64, m // 4, 256), np.uint16)
+    placed[..., _PLACE] = whole.reshape(n * 64, m // 4, 256)
     tiles = placed.reshape(n, 64, m, 8, 8).transpose(0, 2, 1, 3, 4)
     line, piece = np.indices((64, 8))
     out = np.empty_like(tiles)
@@ -68,7 +68,7 @@ def untiled(tiles: np.ndarray, rows: int, k: int) -> np.ndarray:
     n, m, _ = tiles.shape
     line, piece = np.indices((64, 8))
     pieces = tiles.reshape(n, m, 64, 8, 8)[:, :, line, piece ^ line & 7]
-    rows_of_tiles = pieces.transpose(0, 2, 1, 3, 4).reshape(n * 64, m, 64)
+    rows_of_tiles = pieces.transpose(0, 2, 1, 3, 4).reshape(n * 64, m // 4, 256)
     return rows_of_tiles[..., _PLACE].reshape(n * 64, m * 64)[:rows, :k]
 
 

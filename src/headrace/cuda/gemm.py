@@ -44,10 +44,13 @@ _UNIT = 64
 TOKENS_AT_ONCE = (8, 16, 32, 64, 128, 256)
 
 
-def gemm_pairs(sizes: Sequence[int], *, paired: bool) -> int:
-    """Blocks' shares of matrices of so many rows."""
-    units = [2 * sizes[0]] if paired else sizes
-    return -(-sum(-(-n // _UNIT) for n in units) // 2)
+def gemm_pairs(sizes: Sequence[int], *, paired: bool, by_tiles: bool) -> int:
+    """Blocks' shares of matrices of so many rows. ``by_tiles``: their outputs become activations,
+    which lie in four tiles for every 256 (kernels/activations.cuh)."""
+    if paired:
+        return -(-sizes[0] // 256) * 4
+    units = (-(-n // 256) * 4 if by_tiles else -(-n // _UNIT) for n in sizes)
+    return -(-sum(units) // 2)
 
 
 def gemm_splits(device: Device, pairs: int, k: int) -> int:
@@ -67,21 +70,22 @@ def split_room(
     device: Device, sizes: Sequence[int], k: int, rows: int, *, paired: bool
 ) -> tuple[int, int]:
     """(floats, counters) that a product of at most so many rows needs of a :class:`SplitWork`."""
-    pairs = gemm_pairs(sizes, paired=paired)
-    splits = gemm_splits(device, pairs, k)
-    if splits == 1:
-        return 0, 0
     tokens = min(_most_tokens(device), 128, max(8, 1 << (rows - 1).bit_length()))
-    columns = -(-rows // tokens)
-    return columns * pairs * splits * 128 * tokens, columns * pairs
+    most = (0, 0)
+    for by_tiles in (False, True):
+        pairs = gemm_pairs(sizes, paired=paired, by_tiles=by_tiles)
+        splits = gemm_splits(device, pairs, k)
+        columns = -(-rows // tokens)
+        room = columns * pairs * splits * 128 * tokens, columns * pairs
+        most = max(most, room) if splits > 1 else most
+    return most
 
 
 def gemm_shape(
-    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, few: bool
+    device: Device, matrices: Sequence[Matrix], pairs: int, rows: int, *, few: bool
 ) -> GemmShape:
     """``few``: rows that are weighed alone (a step of decoding), whose columns may be split. Else
     as many tokens at once as keep the multiprocessors evenly busy."""
-    pairs = gemm_pairs([m.layout.n for m in matrices], paired=paired)
     splits = gemm_splits(device, pairs, matrices[0].layout.k) if few else 1
     most = _most_tokens(device)
     found: list[tuple[int, GemmShape]] = []
@@ -127,9 +131,9 @@ def gemm(
     if skip:
         require(isinstance(epilogue, c.Store), f"row {first_row} begins no tile of 64 rows")
         epilogue = c.Store(epilogue.y - skip * sum(sizes) * 4)
-    shape = gemm_shape(device, matrices, n_rows, paired=paired, few=work is not None)
+    pairs = gemm_pairs(sizes, paired=paired, by_tiles=isinstance(epilogue, c.Residual))
+    shape = gemm_shape(device, matrices, pairs, n_rows, few=work is not None)
     if work is not None and shape.splits > 1:
-        pairs = gemm_pairs(sizes, paired=paired)
         floats = shape.grid[0] * pairs * shape.splits * 128 * shape.tokens
         require(floats <= work.n_floats, f"{floats} partial sums, room for {work.n_floats}")
     constants = constants_of(matrices, epilogue, norm_eps) | {

@@ -7,9 +7,9 @@
 //
 // For tensor cores (BRAIN) they are bfloat16 instead, in tiles of 64 rows × 64 columns of 8 KB: a row's 128 bytes
 // together, of which piece i of 16 bytes lies at i ^ (row % 8). That is how wgmma reads shared memory (its
-// 128-byte swizzle), and eight rows' same pieces meet no bank twice. Of 32 columns, piece i has columns 2i and
-// 2i + 1 of every eight: so the four lanes that share a row of an mma's operands have eight neighbours each, which
-// is how weights lie in their blocks (fragments.cuh).
+// 128-byte swizzle), and eight rows' same pieces meet no bank twice. Of 256 columns, tile s of the four has of every
+// 64 the columns 16s … 16s + 15, and piece i of it two of each sixteen: so the four lanes that share a row of an
+// mma's operands have sixteen neighbours each, which is how weights lie in their blocks (fragments.cuh).
 //
 // Groups are stored where eight lanes reading every other, every second or every fourth group of a
 // slice, as the block types do, meet no bank twice.
@@ -38,10 +38,10 @@ struct Row {
   u16* brain;       // its 64 values in the first tile
   int line;         // within the tile
   DEVICE u16* brain_at(int column) const {
-    return piece(column, column >> 1 & 3) + ((column >> 2 & 6) | (column & 1));
+    return piece(column, column >> 1 & 7) + ((column >> 5 & 6) | (column & 1));
   }
-  DEVICE u16* piece(int column, int i) const {  // of the 32 columns that this is one of
-    return brain + column / 64 * BRAIN_TILE + (((column >> 3 & 4) | i) ^ (line & 7)) * 8;
+  DEVICE u16* piece(int column, int i) const {  // of the tile where it lies
+    return brain + (column / 256 * 4 + (column >> 4 & 3)) * BRAIN_TILE + (i ^ (line & 7)) * 8;
   }
 };
 

@@ -1,18 +1,17 @@
-// Weights of one row as a lane's part of an mma's operand: a quad of lanes shares the row, and of every 32
-// columns lane q has eight neighbours, 8q … 8q + 7: bytes that lie together in every type, so that the tiles
-// (blocks.cuh) are read straight from device memory, a word or two at a time. x lies in the matching order
-// (Row::brain_at).
+// Weights of one row as a lane's part of an mma's operand. Of 256 columns, four steps of an mma's 64, lane q of the
+// quad that shares the row has 64 neighbours, sixteen a step: bytes that lie together in every type, mostly with
+// one scale, so that the tiles (blocks.cuh) are read straight from device memory, sixteen bytes at a time. x lies
+// in the matching order (Row::brain_at).
 //
-// Weights<TYPE>::Raw is what 256 columns take, as they lie in memory: load() only loads, one or two steps of 64
-// ahead, and unpack() makes bfloat16 of it, rounded once. Steps go through a block of 256 in order, as its
-// quarters 0 … 3. What all of them need is loaded with the first, into `coming`: the last block's may still be in
-// use then.
+// Weights<TYPE>::Raw is what a lane holds of its row, as it lies in memory: load() only loads, one or two steps
+// ahead, and unpack() makes bfloat16 of it, rounded once. Both go through the steps 0 … 3 of a block of 256 in order;
+// what unpack() may still need of one block when load() begins with the next comes by way of `coming`.
 #pragma once
 #include "blocks.cuh"
 
 constexpr int STEP_COLUMNS = 64, STEPS_A_SLICE = TILE_COLUMNS / STEP_COLUMNS;
 
-// w[2b + h]: of the 32 columns b, the lane's columns 4h, 4h + 1, then 4h + 2, 4h + 3.
+// w[g]: of the lane's sixteen columns, 4g and 4g + 1, then 4g + 2 and 4g + 3.
 struct Operand { u32 w[4][2]; };
 
 // A byte becomes a float without a conversion: as the upper mantissa of 128 (or, if it has eight bits and a
@@ -33,27 +32,28 @@ template <bool SIGNED = false> DEVICE void to_brain4(u32 (&w)[2], u32 bytes, flo
   to_brain4<SIGNED>(w, bytes, weigh.x, biased_offset<SIGNED>(weigh));
 }
 
-// The eight columns of a lane, whose bytes are `words`, all with one scale.
-template <bool SIGNED = false> DEVICE void to_brain8(u32 (*w)[2], uint2 words, float2 weigh) {
+// Sixteen columns, a byte each, all with one scale.
+template <bool SIGNED = false> DEVICE void to_brain16(Operand& o, const uint4& bytes, float2 weigh) {
   const float offset = biased_offset<SIGNED>(weigh);
-  to_brain4<SIGNED>(w[0], words.x, weigh.x, offset);
-  to_brain4<SIGNED>(w[1], words.y, weigh.x, offset);
+  to_brain4<SIGNED>(o.w[0], bytes.x, weigh.x, offset);
+  to_brain4<SIGNED>(o.w[1], bytes.y, weigh.x, offset);
+  to_brain4<SIGNED>(o.w[2], bytes.z, weigh.x, offset);
+  to_brain4<SIGNED>(o.w[3], bytes.w, weigh.x, offset);
 }
 constexpr u32 NIBBLES = 0x0f0f0f0fu, ONES = 0x01010101u, TWOS = 0x03030303u;
-DEVICE uint2 load64(const u8* p) { return *(const uint2*)p; }
-DEVICE uint2 operator>>(uint2 v, int n) { return make_uint2(v.x >> n, v.y >> n); }
-DEVICE uint2 operator<<(uint2 v, int n) { return make_uint2(v.x << n, v.y << n); }
-DEVICE uint2 operator&(uint2 v, u32 mask) { return make_uint2(v.x & mask, v.y & mask); }
-DEVICE uint2 operator|(uint2 v, uint2 o) { return make_uint2(v.x | o.x, v.y | o.y); }
+DEVICE uint4 load128(const u8* p) { return *(const uint4*)p; }
+DEVICE uint4 operator>>(const uint4& v, int n) { return make_uint4(v.x >> n, v.y >> n, v.z >> n, v.w >> n); }
+DEVICE uint4 operator<<(const uint4& v, int n) { return make_uint4(v.x << n, v.y << n, v.z << n, v.w << n); }
+DEVICE uint4 operator&(const uint4& v, u32 mask) { return make_uint4(v.x & mask, v.y & mask, v.z & mask, v.w & mask); }
+DEVICE uint4 operator|(const uint4& v, const uint4& o) { return make_uint4(v.x | o.x, v.y | o.y, v.z | o.z, v.w | o.w); }
 
-// Where a block lies: 64 columns, or the 256 of four steps; row: within its tile; step: within its slice.
+// A lane's place: its row within a tile, the block of 256 columns within the slice.
 struct At {
   const u8* tile;
-  int blocks, row, q, step = 0, slice = 0;
-  template <class T> DEVICE void advance() {  // to the next 256 columns; T: the matrix's Tiles
-    step += 4;
-    if (step < STEPS_A_SLICE) return;
-    step = 0;
+  int blocks, row, q, block, slice;  // blocks: of the type, in the tile
+  template <class T> DEVICE void advance() {  // T: the matrix's Tiles
+    if (++block < TILE_COLUMNS / 256) return;
+    block = 0;
     tile += T::FULL_BYTES;
     blocks = T::blocks(++slice);
   }
@@ -61,207 +61,152 @@ struct At {
 
 template <int TYPE> struct Weights;
 
-// Blocks of 32 values: the 64 columns are two of them, of which the second may be beyond the matrix: its
-// scales are zero then.
-template <int TYPE> struct Pairs : Block<TYPE> {
+// Blocks of 32 values: a lane has two of the eight, each for two steps. One that lies beyond the matrix has scales
+// of zero.
+template <int TYPE> struct Eighths : Block<TYPE> {
   using B = Block<TYPE>;
-  static DEVICE int block(const At& at, int quarter, int half) { return 2 * (at.step + quarter) + half; }
-  static DEVICE bool exists(const At& at, int quarter, int half) { return block(at, quarter, half) < at.blocks; }
-  template <int P> static DEVICE const u8* field(const At& at, int quarter, int half) {
-    return B::template field<P>(at.tile, at.blocks, at.row * at.blocks + min(block(at, quarter, half), at.blocks - 1));
+  static DEVICE int index(const At& at, int step) { return 8 * at.block + 2 * at.q + step / 2; }
+  static DEVICE bool exists(const At& at, int step) { return index(at, step) < at.blocks; }
+  template <int P> static DEVICE const u8* field(const At& at, int step) {
+    return B::template field<P>(at.tile, at.blocks, at.row * at.blocks + min(index(at, step), at.blocks - 1));
   }
   // Planes of equal size lie evenly apart.
-  static DEVICE const u8* plane(const At& at, int quarter, int half, int p) { return field<0>(at, quarter, half) + p * (TILE_ROWS * at.blocks * 16); }
-  template <int P> static DEVICE u32 half_word(const At& at, int quarter, int half) {
-    return exists(at, quarter, half) ? *(const u16*)field<P>(at, quarter, half) : 0;
-  }
-  template <int P> static DEVICE u32 word(const At& at, int quarter, int half) {
-    return exists(at, quarter, half) ? load32(field<P>(at, quarter, half)) : 0;
-  }
+  static DEVICE const u8* plane(const At& at, int step, int p) { return field<0>(at, step) + p * (TILE_ROWS * at.blocks * 16); }
+  template <int P> static DEVICE u32 half_word(const At& at, int step) { return exists(at, step) ? *(const u16*)field<P>(at, step) : 0; }
+  template <int P> static DEVICE u32 word(const At& at, int step) { return exists(at, step) ? load32(field<P>(at, step)) : 0; }
 };
 DEVICE float2 scale_and_min(u32 dm) { return make_float2(half_to_float((u16)dm), half_to_float((u16)(dm >> 16))); }
 DEVICE float2 centred(u32 d, float zero) {
   const float scale = half_to_float((u16)d);
   return make_float2(scale, -zero * scale);
 }
-// Bit i of eight at bit 4 of byte i.
-DEVICE uint2 fifth_bits(u32 bits) {
-  return (make_uint2((bits & 15) * 0x00204081u, (bits >> 4) * 0x00204081u) & ONES) << 4;
+// Bit i of sixteen at bit 4 of byte i.
+DEVICE uint4 fifth_bits(u32 bits) {
+  const uint4 spread = make_uint4((bits & 15) * 0x00204081u, (bits >> 4 & 15) * 0x00204081u, (bits >> 8 & 15) * 0x00204081u, (bits >> 12 & 15) * 0x00204081u);
+  return (spread & ONES) << 4;
 }
 
 // Four or five bits a weight, with one scale: of weights around `zero` (Q4_0, Q5_0), or beside a minimum.
-template <int TYPE> struct Nibbles : Pairs<TYPE> {
-  using P = Pairs<TYPE>;
+template <int TYPE> struct Nibbles : Eighths<TYPE> {
+  using E = Eighths<TYPE>;
   static constexpr bool FIVE = TYPE == Q5_0 || TYPE == Q5_1, MINIMUM = TYPE == Q4_1 || TYPE == Q5_1;
-  struct Raw { struct { uint2 q[2]; u32 fifth[2], scale[2]; } of[4]; };
-  static DEVICE void load(Raw& raw, const At& at, int quarter) {
-    auto& r = raw.of[quarter];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      r.q[i] = load64(P::template field<0>(at, quarter, i) + 8 * (at.q & 1));
-      r.fifth[i] = FIVE ? P::template field<1>(at, quarter, i)[at.q] : 0;
-      r.scale[i] = MINIMUM ? P::template word<1 + FIVE>(at, quarter, i) : P::template half_word<1 + FIVE>(at, quarter, i);
-    }
+  struct Raw { struct { uint4 q; u32 fifth, scale; } block[2]; };
+  static DEVICE void load(Raw& raw, const At& at, int step) {
+    if (step % 2) return;
+    auto& r = raw.block[step / 2];
+    r.q = load128(E::template field<0>(at, step));
+    r.fifth = FIVE ? load32(E::template field<1>(at, step)) : 0;
+    r.scale = MINIMUM ? E::template word<1 + FIVE>(at, step) : E::template half_word<1 + FIVE>(at, step);
   }
-  static DEVICE void unpack(Operand& o, Raw& raw, int q, int quarter) {
-    auto& r = raw.of[quarter];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 w = MINIMUM ? scale_and_min(r.scale[i]) : centred(r.scale[i], FIVE ? 16.f : 8.f);
-      const uint2 low = r.q[i] >> (4 * (q >> 1)) & NIBBLES;
-      to_brain8(o.w + 2 * i, FIVE ? low | fifth_bits(r.fifth[i]) : low, w);
-    }
+  static DEVICE void unpack(Operand& o, Raw& raw, int, int step) {
+    const auto& r = raw.block[step / 2];
+    const uint4 low = r.q >> (4 * (step % 2)) & NIBBLES;
+    const float2 w = MINIMUM ? scale_and_min(r.scale) : centred(r.scale, FIVE ? 16.f : 8.f);
+    to_brain16(o, FIVE ? low | fifth_bits(r.fifth >> (16 * (step % 2))) : low, w);
   }
 };
 template <> struct Weights<Q4_0> : Nibbles<Q4_0> {};
 template <> struct Weights<Q4_1> : Nibbles<Q4_1> {};
 template <> struct Weights<Q5_0> : Nibbles<Q5_0> {};
 template <> struct Weights<Q5_1> : Nibbles<Q5_1> {};
-template <> struct Weights<Q8_0> : Pairs<Q8_0> {
-  struct Raw { struct { uint2 q[2]; u32 d[2]; } of[4]; };
-  static DEVICE void load(Raw& raw, const At& at, int quarter) {
-    auto& r = raw.of[quarter];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      r.q[i] = load64(plane(at, quarter, i, at.q >> 1) + 8 * (at.q & 1));
-      r.d[i] = half_word<2>(at, quarter, i);
-    }
+template <> struct Weights<Q8_0> : Eighths<Q8_0> {
+  struct Raw { uint4 q[2]; u32 d[2]; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
+    r.q[step % 2] = load128(plane(at, step, step % 2));
+    if (step % 2 == 0) r.d[step / 2] = half_word<2>(at, step);
   }
-  static DEVICE void unpack(Operand& o, Raw& raw, int, int quarter) {
-    auto& r = raw.of[quarter];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) to_brain8<true>(o.w + 2 * i, r.q[i], centred(r.d[i], 0.f));
-  }
+  static DEVICE void unpack(Operand& o, Raw& r, int, int step) { to_brain16<true>(o, r.q[step % 2], centred(r.d[step / 2], 0.f)); }
 };
 
-// Blocks of 256 values: the 64 columns are a quarter of one.
-template <int TYPE> struct Quarters : Block<TYPE> {
+// Blocks of 256 values: a lane has 64, of quarter q.
+template <int TYPE> struct Wholes : Block<TYPE> {
   using B = Block<TYPE>;
-  // What a quarter has of a field that lies in 1, 2 or 4 parts.
-  template <int P, int PARTS = 1> static DEVICE const u8* field(const At& at, int quarter = 0) {
-    constexpr int SIZE = B::template size<P>();
-    return at.tile + B::template offset<P>(at.blocks) + (at.row * at.blocks + at.step / 4) * SIZE + quarter * PARTS / 4 * (SIZE / PARTS);
+  template <int P> static DEVICE const u8* field(const At& at) {
+    return at.tile + B::template offset<P>(at.blocks) + (at.row * at.blocks + at.block) * B::template size<P>();
   }
 };
-template <> struct Weights<Q2_K> : Quarters<Q2_K> {
-  struct Raw { uint2 q[2]; u32 scales[4], dm, coming; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-    if (quarter % 2 == 0) r.q[quarter / 2] = load64(field<1, 2>(at, quarter) + 8 * at.q);
-    r.scales[quarter] = load32(field<0, 4>(at, quarter));
-    if (quarter == 0) r.coming = load32(field<2>(at));
+template <> struct Weights<Q2_K> : Wholes<Q2_K> {
+  struct Common { u32 scales, dm; };
+  struct Raw { uint4 q[2]; Common all, coming; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
+    if (step < 2) r.q[step] = load128(field<1>(at) + 32 * (at.q >> 1) + 16 * step);
+    if (step == 0) r.coming = {load32(field<0>(at) + 4 * at.q), load32(field<2>(at))};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int quarter) {
-    if (quarter == 0) r.dm = r.coming;
-    const float2 dm = scale_and_min(r.dm);
-    const u32 scales = r.scales[quarter] >> (8 * (q >> 1));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const u32 s = scales >> (16 * i);
-      to_brain8(o.w + 2 * i, r.q[quarter / 2] >> (4 * (quarter & 1) + 2 * i) & TWOS, make_float2(dm.x * (float)(s & 15), -dm.y * (float)(s >> 4 & 15)));
-    }
+  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
+    if (step == 0) r.all = r.coming;
+    const float2 dm = scale_and_min(r.all.dm);
+    const u32 s = r.all.scales >> (8 * step);
+    to_brain16(o, r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS, make_float2(dm.x * (float)(s & 15), -dm.y * (float)(s >> 4 & 15)));
   }
 };
-template <> struct Weights<Q3_K> : Quarters<Q3_K> {
-  struct Common { uint2 high; u32 scales[3], d; };
-  struct Raw { uint2 q[2]; Common all, coming; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-    if (quarter % 2 == 0) r.q[quarter / 2] = load64(field<1, 2>(at, quarter) + 8 * at.q);
-    if (quarter) return;
-    r.coming.high = load64(field<0>(at) + 8 * at.q);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) r.coming.scales[i] = load32(field<2>(at) + 4 * i);
-    r.coming.d = *(const u16*)field<3>(at);
+template <> struct Weights<Q3_K> : Wholes<Q3_K> {
+  struct Common { u32 low_scales, high_scales, d; };
+  struct Raw { uint4 q[2], high[2]; Common all, coming; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
+    if (step < 2) r.q[step] = load128(field<1>(at) + 32 * (at.q >> 1) + 16 * step), r.high[step] = load128(field<0>(at) + 16 * step);
+    if (step == 0) r.coming = {load32(field<2>(at) + 4 * (at.q & 1)), load32(field<2>(at) + 8), *(const u16*)field<3>(at)};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int quarter) {
-    if (quarter == 0) r.all = r.coming;
-    const float d = half_to_float((u16)r.all.d);
-    // Scale 4 quarter + g: low four bits in a nibble of byte (4 quarter + g) % 8, high two in byte 8 + g.
-    const u32 low_scales = r.all.scales[quarter & 1] >> (4 * (quarter >> 1)) & NIBBLES, high_scales = r.all.scales[2] >> (2 * quarter) & TWOS;
-    const u32 scales = (low_scales | high_scales << 4) >> (8 * (q >> 1));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float s = d * (float)((int)(scales >> (16 * i) & 255) - 32);
-      const uint2 low = r.q[quarter / 2] >> (4 * (quarter & 1) + 2 * i) & TWOS, high = r.all.high >> (2 * quarter + i) & ONES;
-      to_brain8(o.w + 2 * i, low | high << 2, make_float2(s, -4.f * s));
-    }
+  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
+    if (step == 0) r.all = r.coming;
+    // Scale 4q + step: low four bits in a nibble of byte (4q + step) % 8, high two in byte 8 + step.
+    const u32 low = r.all.low_scales >> (8 * step + 4 * (q >> 1)) & 15, high = r.all.high_scales >> (8 * step + 2 * q) & 3;
+    const float s = half_to_float((u16)r.all.d) * (float)((int)(low | high << 4) - 32);
+    const uint4 bits = (r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS) | (r.high[step % 2] >> (2 * q + step / 2) & ONES) << 2;
+    to_brain16(o, bits, make_float2(s, -4.f * s));
   }
 };
-// Scales and offsets of Q4_K and Q5_K: lane q works out those of quarter q, and the others ask it.
-struct SharedScales {
-  float2 a, b;  // biased
-  DEVICE void set(const uint4& header, int q) {
-    Share s;
-    six_bit_scales(s, header, q);
-    a = make_float2(s.wa.x, biased_offset<false>(s.wa));
-    b = make_float2(s.wb.x, biased_offset<false>(s.wb));
-  }
-  DEVICE SharedScales of(int quarter) const {
-    const int lane = (threadIdx.x & 28) + quarter;
-    return {make_float2(shuffle(a.x, lane), shuffle(a.y, lane)), make_float2(shuffle(b.x, lane), shuffle(b.y, lane))};
-  }
-};
-template <int TYPE> struct SixBits : Quarters<TYPE> {
-  using Q = Quarters<TYPE>;
+template <int TYPE> struct SixBits : Wholes<TYPE> {
+  using W = Wholes<TYPE>;
   static constexpr bool FIVE = TYPE == Q5_K;
-  struct Raw { uint2 q[4], fifth, coming; uint4 header; SharedScales scales; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-    r.q[quarter] = load64(Q::template field<1 + FIVE, 4>(at, quarter) + 8 * at.q);
-    if (quarter) return;
-    r.header = *(const uint4*)Q::template field<0>(at);
-    if (FIVE) r.coming = load64(Q::template field<1>(at) + 8 * at.q);
+  struct Raw { uint4 q[2], fifth[2], header; float2 a, b; };  // a, b: scale and offset of the first 32 columns, of the last
+  static DEVICE void load(Raw& r, const At& at, int step) {
+    if (step == 0) r.header = load128(W::template field<0>(at));
+    if (step < 2) r.q[step] = load128(W::template field<1 + FIVE>(at) + 32 * at.q + 16 * step);
+    if (FIVE && step < 2) r.fifth[step] = load128(W::template field<1>(at) + 16 * step);
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int quarter) {
-    if (quarter == 0) r.scales.set(r.header, q), r.fifth = r.coming;
-    const SharedScales s = r.scales.of(quarter);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint2 v = r.q[quarter] >> (4 * i) & NIBBLES;
-      if (FIVE) v = v | (r.fifth >> (2 * quarter + i) & ONES) << 4;
-      const float2 w = i ? s.b : s.a;
-      to_brain4<false>(o.w[2 * i], v.x, w.x, w.y);
-      to_brain4<false>(o.w[2 * i + 1], v.y, w.x, w.y);
+  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
+    if (step == 0) {
+      Share s;
+      six_bit_scales(s, r.header, q);
+      r.a = s.wa, r.b = s.wb;
     }
+    uint4 bits = r.q[step % 2] >> (4 * (step / 2)) & NIBBLES;
+    if (FIVE) bits = bits | (r.fifth[step % 2] >> (2 * q + step / 2) & ONES) << 4;
+    to_brain16(o, bits, step < 2 ? r.a : r.b);
   }
 };
 template <> struct Weights<Q4_K> : SixBits<Q4_K> {};
 template <> struct Weights<Q5_K> : SixBits<Q5_K> {};
-template <> struct Weights<Q6_K> : Quarters<Q6_K> {
-  struct Raw { uint2 low[2][2], high[2]; u32 scales[4], d, coming; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
-    if (quarter % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) r.low[quarter / 2][i] = load64(field<0, 2>(at, quarter) + 32 * i + 8 * at.q);
-      r.high[quarter / 2] = load64(field<1, 2>(at, quarter) + 8 * at.q);
-    }
-    r.scales[quarter] = load32(field<2, 4>(at, quarter));
-    if (quarter == 0) r.coming = *(const u16*)field<3>(at);
+template <> struct Weights<Q6_K> : Wholes<Q6_K> {
+  struct Common { u32 scales, d; };
+  struct Raw { uint4 low[2], high[2]; Common all, coming; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
+    const int half = at.q >> 1;
+    r.low[step % 2] = load128(field<0>(at) + 64 * half + 16 * step);
+    r.high[step % 2] = load128(field<1>(at) + 32 * half + 16 * (step % 2));
+    if (step == 0) r.coming = {load32(field<2>(at) + 4 * at.q), *(const u16*)field<3>(at)};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int quarter) {
-    const int half = quarter >> 1, upper = quarter & 1;
-    if (quarter == 0) r.d = r.coming;
-    const float d = half_to_float((u16)r.d);
-    const u32 scales = r.scales[quarter] >> (8 * (q >> 1));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float s = d * (float)(signed char)(scales >> (16 * i));
-      const uint2 high = r.high[half] >> (4 * upper + 2 * i) & TWOS;
-      to_brain8(o.w + 2 * i, (r.low[half][i] >> (4 * upper) & NIBBLES) | high << 4, make_float2(s, -32.f * s));
-    }
+  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
+    if (step == 0) r.all = r.coming;
+    const float s = half_to_float((u16)r.all.d) * (float)(signed char)(r.all.scales >> (8 * step));
+    const uint4 high = r.high[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS;
+    to_brain16(o, (r.low[step % 2] >> (4 * (q & 1)) & NIBBLES) | high << 4, make_float2(s, -32.f * s));
   }
 };
 
 // Unquantised: planes of 16 bytes, 32 columns a block.
-template <int TYPE> struct HalfWords : Pairs<TYPE> {
-  using P = Pairs<TYPE>;
-  struct Raw { uint4 of[4][2]; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
+template <int TYPE> struct HalfWords : Eighths<TYPE> {
+  using E = Eighths<TYPE>;
+  struct Raw { uint4 of[2][2]; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) r.of[quarter][i] = P::exists(at, quarter, i) ? *(const uint4*)P::plane(at, quarter, i, at.q) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 2; ++i)
+      r.of[step % 2][i] = E::exists(at, step) ? load128(E::plane(at, step, 2 * (step % 2) + i)) : make_uint4(0, 0, 0, 0);
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int, int quarter) {
+  static DEVICE void unpack(Operand& o, Raw& r, int, int step) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 w = r.of[quarter][i];
+      const uint4 w = r.of[step % 2][i];
       const u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -273,17 +218,17 @@ template <int TYPE> struct HalfWords : Pairs<TYPE> {
 };
 template <> struct Weights<F16> : HalfWords<F16> {};
 template <> struct Weights<BF16> : HalfWords<BF16> {};
-template <> struct Weights<F32> : Pairs<F32> {
-  struct Raw { float4 of[4][4]; };
-  static DEVICE void load(Raw& r, const At& at, int quarter) {
+template <> struct Weights<F32> : Eighths<F32> {
+  struct Raw { float4 of[2][4]; };
+  static DEVICE void load(Raw& r, const At& at, int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      r.of[quarter][i] = exists(at, quarter, i >> 1) ? *(const float4*)plane(at, quarter, i >> 1, 2 * at.q + (i & 1)) : make_float4(0.f, 0.f, 0.f, 0.f);
+      r.of[step % 2][i] = exists(at, step) ? *(const float4*)plane(at, step, 4 * (step % 2) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int, int quarter) {
+  static DEVICE void unpack(Operand& o, Raw& r, int, int step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float4 v = r.of[quarter][i];
+      const float4 v = r.of[step % 2][i];
       o.w[i][0] = pack_brain2(v.x, v.y);
       o.w[i][1] = pack_brain2(v.z, v.w);
     }

@@ -29,8 +29,10 @@ constexpr int STEP_BYTES = TOKENS * STEP_COLUMNS * 2, STAGE_BYTES = STAGE_STEPS 
 constexpr int SLAB_BYTES = AT_ONCE * PITCH * 4, BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
 constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + WARPS * SLAB_BYTES + BARRIER_BYTES + TOKENS * 12 + 16;
 
-// Units of 64 rows of W, each of one matrix; of a pair, 32 rows of gate and the same of up.
-constexpr int UNITS0 = PAIRED ? (N0 + 31) / 32 : (N0 + UNIT - 1) / UNIT;
+// Units of 64 rows of W, each of one matrix; of a pair, 32 rows of gate and the same of up. Where outputs become
+// activations, a unit's (a pair's two units') are those of one tile of them.
+#define BY_TILES (EPILOGUE == RESIDUAL || EPILOGUE == PRODUCT)
+constexpr int UNITS0 = (BY_TILES ? brain_tiles(N0) : (N0 + UNIT - 1) / UNIT) * (PAIRED ? 2 : 1);
 constexpr int UNITS1 = PAIRED || TYPE1 == NONE ? 0 : (N1 + UNIT - 1) / UNIT;
 constexpr int UNITS2 = PAIRED || TYPE2 == NONE ? 0 : (N2 + UNIT - 1) / UNIT;
 constexpr int UNITS = UNITS0 + UNITS1 + UNITS2, PAIRS = (UNITS + 1) / 2;
@@ -50,7 +52,10 @@ struct GemmArgs {
 struct Place { int segment, row; };
 
 DEVICE Place place(int unit, int warp) {
-  if (PAIRED) return {0, unit * 32 + warp * 8};
+  if (BY_TILES) {
+    const int tile = PAIRED ? unit / 2 : unit, part = PAIRED ? unit % 2 * 4 + warp : 2 * warp;  // of eight
+    return {0, tile / 4 * 256 + tile % 4 * 16 + part / 2 * 64 + part % 2 * 8};
+  }
   int segment = 0;
   if (TYPE1 != NONE && unit >= UNITS0) unit -= UNITS0, segment = 1;
   if (TYPE2 != NONE && segment == 1 && unit >= UNITS1) unit -= UNITS1, segment = 2;
@@ -224,8 +229,8 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<
   const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
   const int slice = ring.begin / STEPS_A_SLICE, first = ring.begin % STEPS_A_SLICE;
   const u64 tile = line / TILE_ROWS;
-  At at = {halves.upper + TU::offset(tile, slice), TU::blocks(slice), line % TILE_ROWS, quad, first, slice};
-  At other = {halves.lower + TL::offset(tile, slice), TL::blocks(slice), line % TILE_ROWS, quad, first, slice};
+  At at = {halves.upper + TU::offset(tile, slice), TU::blocks(slice), line % TILE_ROWS, quad, first / BLOCK, slice};
+  At other = {halves.lower + TL::offset(tile, slice), TL::blocks(slice), line % TILE_ROWS, quad, first / BLOCK, slice};
   const u64 apart = halves.lower - halves.upper;
   auto lower_at = [&] {  // of equal types, one place is enough
     At lower = UPPER == LOWER ? at : other;
@@ -249,7 +254,7 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<
     if (left-- <= 0) return;
     at.advance<TU>();
     if (UPPER != LOWER) other.advance<TL>();
-    if (at.step == 0) halves.ask(at.slice + 1);
+    if (at.block == 0) halves.ask(at.slice + 1);
   };
   auto load_ahead = [&](int quarter) {  // quarter: what was unpacked last
     const int next = (quarter + DISTANCE) % BLOCK;
@@ -313,11 +318,10 @@ DEVICE bool join(const GemmArgs& a, Sums& sums, int pair, int* last) {
 }
 
 #if PAIRED
-// What follows: the products of gate and up, bfloat16, as rows of 64 bytes for each 32 of them, and so to the tiles.
-DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* inverse, const Where*, const Place& p, bool any, int first_row, int rows) {
-  const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3, group = threadIdx.x / 128, thread = threadIdx.x % 128;
-  u8* const slab = slabs + group * (4 * SLAB_BYTES);
-  const int n = p.row + line, within = n / 8 % 4 * 4 + (n & 1) * 2, piece = line >> 1;  // as Row::brain_at has them
+// What follows: the products of gate and up, bfloat16, as rows of a tile of activations, and so to their place.
+DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* inverse, const Where*, const Place& p, bool, int first_row, int rows) {
+  const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3, n = p.row + line;
+  const int piece = n >> 1 & 7, within = (n >> 6 & 3) * 4 + (n & 1) * 2;  // as Row::brain_at has them
 #pragma unroll
   for (int t = 0; t < TOKENS / 8; ++t)
 #pragma unroll
@@ -325,15 +329,14 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* 
       const int token = 8 * t + 2 * quad + i, at = 8 * t % WIDE / 2 + i;
       const float *part = sums.part[8 * t / WIDE], scale = NORM ? inverse[token] : 1.f;
       const float v = n < N0 ? a.out.product(part[at] * scale, part[at + 2] * scale) : 0.f;  // columns beyond N0 stay zero
-      *(u16*)(slab + token * 64 + piece * 16 + within) = (u16)pack_brain2(v, 0.f);
+      *(u16*)(slabs + token * 128 + (piece ^ (token & 7)) * 16 + within) = (u16)pack_brain2(v, 0.f);
     }
   sync_block();
-  const int column = p.row / 32 * 32;  // the unit's first
 #pragma unroll 4
-  for (int i = thread; i < TOKENS * 4; i += 128) {
-    const int token = i / 4;
-    if (any && token < rows && token + first_row >= a.skip)
-      *(uint4*)a.out.hidden.row<N0>(first_row + token).piece(column, i % 4) = *(const uint4*)(slab + i * 16);
+  for (int i = threadIdx.x; i < TOKENS * 8; i += WARPS * 32) {
+    const int token = i / 8, from = i % 8;
+    if (token < rows && token + first_row >= a.skip)
+      *(uint4*)a.out.hidden.row<N0>(first_row + token).piece(p.row, from ^ (token & 7)) = *(const uint4*)(slabs + i * 16);
   }
   sync_block();
 }

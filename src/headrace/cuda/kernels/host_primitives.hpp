@@ -26,6 +26,11 @@ template <class T> DEVICE T shuffle(T v, int lane) {
   return v;
 }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return shuffle(v, (int)(threadIdx.x & 31) ^ mask); }
+DEVICE bool any_lane(bool p) {
+  int any = p;
+  for (int step = 16; step; step >>= 1) any |= shuffle_xor(any, step);
+  return any;
+}
 
 DEVICE int dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += (int)(int8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));

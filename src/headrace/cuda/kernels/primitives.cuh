@@ -25,6 +25,7 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(FULL_WARP, v, mask); }
 template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WARP, v, lane); }
+DEVICE bool any_lane(bool p) { return __any_sync(FULL_WARP, p); }
 DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 
 DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }

@@ -69,21 +69,23 @@ struct Warp {  // its rows line and line + 8
   // Scores of a step become probabilities; keep: what the accumulator is to be multiplied by.
   DEVICE void weigh(Scores& scores, float (&keep)[2], int base, const Span (&spans)[MT][2]) {
     const int quad = threadIdx.x & 3;
-    const bool all_seen = base + STEP <= lowest_high && base >= highest_low;
+    if constexpr (SOFTCAP > 0.f) {
+#pragma unroll
+      for (int i = 0; i < STEP / 2; ++i) scores.s[i] = LOG2_E * SOFTCAP * tanhf(scores.s[i] / SOFTCAP);
+    }
+    if (base + STEP > lowest_high || base < highest_low) {  // some row does not see all
+#pragma unroll
+      for (int i = 0; i < STEP / 2; ++i) {
+        const Span span = spans[0][i >> 1 & 1];
+        const int position = base + 8 * (i / 4) + 2 * quad + (i & 1);
+        scores.s[i] = position >= span.low && position < span.high ? scores.s[i] : -INFINITY;
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Span span = spans[0][half];
       float most = largest[0][half];
 #pragma unroll
-      for (int t = 0; t < STEP / 8; ++t)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& s = scores.s[4 * t + 2 * half + e];
-          if constexpr (SOFTCAP > 0.f) s = LOG2_E * SOFTCAP * tanhf(s / SOFTCAP);
-          const int position = base + 8 * t + 2 * quad + e;
-          if (!all_seen) s = position >= span.low && position < span.high ? s : -INFINITY;
-          most = fmaxf(most, s);
-        }
+      for (int t = 0; t < STEP / 8; ++t) most = fmaxf(most, fmaxf(scores.s[4 * t + 2 * half], scores.s[4 * t + 2 * half + 1]));
       most = fmaxf(most, shuffle_xor(most, 1));
       most = fmaxf(most, shuffle_xor(most, 2));
       const float finite = most == -INFINITY ? 0.f : most;
@@ -100,6 +102,11 @@ struct Warp {  // its rows line and line + 8
     }
   }
 
+  DEVICE void rescale(const float (&keep)[2]) {
+    if (!any_lane(keep[0] != 1.f || keep[1] != 1.f)) return;
+#pragma unroll
+    for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
+  }
   DEVICE static void pack(Weights& weights, const Scores& scores) {
 #pragma unroll
     for (int i = 0; i < STEP / 4; ++i) weights.w[i / 4][i % 4] = pack_halves(scores.s[2 * i], scores.s[2 * i + 1]);
@@ -128,8 +135,6 @@ struct Warp {  // its rows line and line + 8
     wgmma_wait();
     pin(scores.s);
     weigh(scores, keep, start, spans);
-#pragma unroll
-    for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
     pack(weights, scores);
     for (int s = 0; s + 1 < steps; ++s) {
       copy_wait<AHEAD - 2>();  // step s + 1 is here
@@ -142,8 +147,7 @@ struct Warp {  // its rows line and line + 8
       weigh(scores, keep, start + (s + 1) * STEP, spans);
       wgmma_wait();
       pin(flat());
-#pragma unroll
-      for (int i = 0; i < CACHE_DIM / 2; ++i) flat()[i] *= keep[i >> 1 & 1];
+      rescale(keep);
 #pragma unroll
       for (int g = 0; g < STEP / 16; ++g) pin(weights.w[g]);
       pack(weights, scores);
