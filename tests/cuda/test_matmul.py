@@ -6,6 +6,8 @@ a row is the same whoever travels with it is exact.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from device_memory import (
@@ -136,7 +138,8 @@ def test_columns_split_among_blocks(tensor_device: Device, qtype: QuantType) -> 
     np.testing.assert_array_equal(results[0][-3:], results[1])
     np.testing.assert_array_equal(results[0], results[2])
     assert not tensor_device.download(arrived).any()
-    small = SplitWork(work.partial, floats - 1, work.arrived)
+    needed = math.prod(launch.grid) * 128 * int(dict(launch.spec.macros)["TOKENS"])
+    small = SplitWork(work.partial, needed - 1, work.arrived)
     with pytest.raises(DeviceError, match="partial sums, room for"):
         gemm(tensor_device, [matrix], a, store, rows, macros=LOGITS, work=small)
 

@@ -17,7 +17,9 @@
 #include "segments.cuh"
 #include "wgmma.cuh"
 
-#define OVERLAP WGMMA  // the next step is unpacked while one is multiplied
+#ifndef TOGETHER
+#define TOGETHER WGMMA  // four warps multiply together, asynchronously: the next step is unpacked meanwhile
+#endif
 
 constexpr int WARPS = 8, UNIT = 64, BLOCK = 4;  // steps
 constexpr int BLOCKS = brain_tiles(K) / BLOCK;
@@ -145,7 +147,7 @@ struct Sums { float part[PARTS][WIDE / 2]; };  // [rows line and line + 8] × [t
 
 // sums += this warp's 16 × 64 weights × all tokens' 64 columns.
 DEVICE void multiply(Sums& sums, const Operand& upper, const Operand& lower, const u8* x) {
-#if WGMMA
+#if TOGETHER
   const u64 descriptor = wgmma_descriptor(x);
   wgmma_fence();
 #pragma unroll
@@ -171,7 +173,7 @@ DEVICE void multiply(Sums& sums, const Operand& upper, const Operand& lower, con
 }
 
 DEVICE void pin(Operand& o) {
-#if WGMMA
+#if TOGETHER
 #pragma unroll
   for (int i = 0; i < 8; ++i) pin(o.w[i >> 1][i & 1]);
 #endif
@@ -179,7 +181,7 @@ DEVICE void pin(Operand& o) {
 
 // Waits for what multiply() began.
 DEVICE void multiplied(Sums& sums, Operand& upper, Operand& lower) {
-#if WGMMA
+#if TOGETHER
   wgmma_wait();
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) pin(sums.part[p]);
@@ -263,12 +265,12 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<
   };
 #pragma unroll
   for (int quarter = 0; quarter < DISTANCE; ++quarter) load(quarter);
-#if OVERLAP
+#if TOGETHER
   unpack(even, 0);
   load_ahead(0);
 #endif
   auto step = [&](Pair& now, Pair& next, int quarter) {
-#if OVERLAP
+#if TOGETHER
     multiply(sums, now.upper, now.lower, ring.wait(quarter));
     unpack(next, (quarter + 1) % BLOCK);
     load_ahead((quarter + 1) % BLOCK);

@@ -16,9 +16,9 @@
 #define SILU 0
 #define GELU_TANH 1
 
-// Four floats, from where any number of them exists. TOGETHER: four lie on a boundary of 16 bytes.
-template <bool TOGETHER> DEVICE void store4(float* p, const float4& v, int count) {
-  if (TOGETHER && count == 4) { *(float4*)p = v; return; }
+// Four floats, of which the first `count` exist. ALIGNED: four lie on a boundary of 16 bytes.
+template <bool ALIGNED> DEVICE void store4(float* p, const float4& v, int count) {
+  if (ALIGNED && count == 4) { *(float4*)p = v; return; }
   const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
