@@ -1,7 +1,7 @@
 """What ``headrace serve`` promises under load, measured and judged.
 
     python bench/serving.py smollm2
-    python bench/serving.py llama-8b.gguf --device cuda --tokens 256
+    python bench/serving.py llama-8b.gguf --device cuda --tokens 256 --batch-invariant
 
 Starts a server, loads the same model here too, and lets the two work in turns:
 
@@ -49,6 +49,7 @@ def served(path: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, int
     command = [sys.executable, "-m", "headrace", "serve", str(path), "--port", "0"]
     command += ["--context", str(arguments.context), "--device", arguments.device]
     command += ["--max-sequences", str(arguments.rows)]
+    command += ["--batch-invariant"] if arguments.batch_invariant else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         url = ""
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of each answer (48)")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--repetitions", "-r", type=int, default=5)
+    parser.add_argument("--batch-invariant", action="store_true", help="see headrace.load")
     parser.add_argument("--json", action="store_true", help="print a line of JSON, too")
     arguments = parser.parse_args()
     path = hub.resolve(arguments.model)
@@ -199,7 +201,8 @@ def main() -> None:
     with (
         served(path, arguments) as (url, pid),
         headrace.load(path, arguments.device, context=arguments.context, max_sequences=n,
-                      cache_tokens=4 * arguments.context) as model,
+                      cache_tokens=4 * arguments.context,
+                      batch_invariant=arguments.batch_invariant) as model,
     ):  # fmt: skip
         equal = equal_texts(url, n, min(tokens, 24), rng)
         print(f"{equal} of {n} streams say at once what they say alone", flush=True)
@@ -224,6 +227,7 @@ def main() -> None:
 
         again = rounds("the same prompt again", "times sooner", times, pid, sooner)
     facts = {"model": arguments.model, "device": model.device, "rows": n, "equal": equal,
+             "batch_invariant": arguments.batch_invariant,
              "engine_tokens_per_second": engine, "server_tokens_per_second": server,
              "ratio": ratios, "slowest_probe": probes, "sooner": again}  # fmt: skip
     if arguments.json:

@@ -81,6 +81,7 @@ def load(
     chat: bool = False,
     max_sequences: int = 16,
     cache_tokens: int | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Load a model, fetching it first if need be.
 
@@ -92,7 +93,8 @@ def load(
     threads: CPU threads (default: all cores). progress: called as a file is fetched.
     chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
     max_sequences: most that run at once. cache_tokens: most tokens of all of them together
-    (default: one context).
+    (default: one context). batch_invariant: an answer does not depend on how many others are made
+    beside it; a GPU takes twice as long for one alone then (docs/decisions/014).
 
     Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
 
@@ -105,7 +107,9 @@ def load(
         # The tokeniser takes as long to build as the rest of a small model: do both at once.
         with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
             text = thread.submit(_load_text, file.metadata, chat)
-            runner = load_runner(load_decoder(file), device, threads, max_sequences)
+            runner = load_runner(
+                load_decoder(file), device, threads, max_sequences, batch_invariant=batch_invariant
+            )
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)

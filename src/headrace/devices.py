@@ -41,11 +41,14 @@ def _gpu_name() -> str | None:
 
 
 def load_runner(
-    decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1
-) -> Runner:
+    decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1,
+    *, batch_invariant: bool = False,
+) -> Runner:  # fmt: skip
     """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
-    ``max_sequences``: as many at least generate in one step.
+    ``max_sequences``: as many at least generate in one step. ``batch_invariant``: a sequence is the
+    same, bit for bit, however many others generate beside it; a GPU takes one way for all numbers
+    of rows then, and is slower for few. The CPU has but one way.
     """
     if device == "reference":
         from headrace.reference.runner import ReferenceRunner
@@ -61,7 +64,8 @@ def load_runner(
 
         gpu: Any = CUDADevice()
         rows = max(MAX_ROWS, max_sequences)
-        return CUDARunner(decoder, gpu, max_rows=rows, **best_options(gpu))
+        options = best_options(gpu, batch_invariant=batch_invariant)
+        return CUDARunner(decoder, gpu, max_rows=rows, **options)
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
 
 

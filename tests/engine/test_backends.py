@@ -80,7 +80,7 @@ def test_beside_each_other_and_in_chunks(
     drain(engine)
     same(alone, again, device)
     if n_pages == 40:
-        assert all(s.completion().timings.cached_tokens == s.n_prompt - 1 for s in again)
+        assert all(s.completion().timings.cached_tokens == max(0, s.n_prompt - 2) for s in again)
     engine.close()
 
 

@@ -109,8 +109,18 @@ class TestPreemption:
         assert again.generated == expected(tokens, 60)[50:]
 
 
+@pytest.mark.parametrize("n", [2, 50, 51, 101, 150, 151])
+def test_rows_of_a_prompt_never_go_alone(n: int) -> None:
+    engine = make_engine(chunk=50)
+    sequence = run(engine, prompt(n), max_tokens=3)
+    assert sequence.generated == expected(prompt(n), 3)
+    rows = [len(batch.tokens) for batch in engine.runner.batches]
+    assert sum(rows) == n + 2
+    assert all(1 < some <= 50 for some in rows[:-2])
+
+
 class TestPrefixReuse:
-    def test_a_second_equal_prompt_computes_one_token(self) -> None:
+    def test_a_second_equal_prompt_computes_its_last_two_tokens(self) -> None:
         engine = make_engine()
         tokens = prompt(200)
         first = run(engine, tokens, max_tokens=10)
@@ -118,8 +128,8 @@ class TestPrefixReuse:
         second = run(engine, tokens, max_tokens=10)
         assert second.generated == first.generated == expected(tokens, 10)
         assert first.completion().timings.cached_tokens == 0
-        assert second.completion().timings.cached_tokens == 199
-        assert engine.runner.n_rows - before == 10
+        assert second.completion().timings.cached_tokens == 198
+        assert engine.runner.n_rows - before == 11
 
     def test_turns_of_a_conversation_compute_only_what_is_new(self) -> None:
         engine = make_engine()
@@ -150,13 +160,13 @@ class TestPrefixReuse:
         tokens = prompt(5 * PAGE_SIZE)
         first = add(engine, tokens, max_tokens=100)
         engine.step(), engine.step()
-        others = [add(engine, [*tokens, 9 + i], max_tokens=5) for i in range(6)]
+        others = [add(engine, [*tokens, 9, 9 + i], max_tokens=5) for i in range(6)]
         engine.step()
         assert engine.pool.n_held == 6 + 6
         assert engine.pool.references(first.pages[0]) == 7
         drain(engine)
         for i, other in enumerate(others):
-            assert other.generated == expected([*tokens, 9 + i], 5)
+            assert other.generated == expected([*tokens, 9, 9 + i], 5)
 
     def test_least_recently_used_go_first_and_the_beginning_of_a_prompt_last(self) -> None:
         engine = make_engine(context=256, n_pages=10)
@@ -165,7 +175,7 @@ class TestPrefixReuse:
         run(engine, new, max_tokens=2)
         run(engine, prompt(100, seed=3), max_tokens=2)  # takes the 2 free ones
         again = run(engine, new, max_tokens=2)  # its copy of a page takes the last one of ``old``
-        assert again.completion().timings.cached_tokens == 249
+        assert again.completion().timings.cached_tokens == 248
         cached = run(engine, old, max_tokens=2).completion().timings.cached_tokens
         assert cached == 3 * PAGE_SIZE
 

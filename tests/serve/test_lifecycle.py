@@ -154,6 +154,8 @@ def test_embeddings_are_ended_like_answers(start: Callable[..., Server]) -> None
 def test_too_many_connections(start: Callable[..., Server]) -> None:
     server = start("--max-connections", "3")
     others = [server.connect() for _ in range(3)]
+    # A connection counts once the server has taken it up.
+    server._await(lambda: server.client.get("/v1/models").status_code == 503)
     full = server.client.get("/v1/models")
     assert (full.status_code, full.json()["error"]["code"]) == (503, "too_many_connections")
     assert int(full.headers["Retry-After"]) >= 1

@@ -36,6 +36,14 @@ _CacheTokens = Annotated[
 _Sequences = Annotated[
     int | None, typer.Option(help="Completions that run at once.", show_default="32")
 ]
+_Invariant = Annotated[
+    bool | None,
+    typer.Option(
+        "--batch-invariant/--no-batch-invariant",
+        help="Answers do not depend on how many run at once: slower for few, on a GPU.",
+        show_default="no",
+    ),
+]
 _Host = Annotated[str | None, _option("--host", "Address to listen on.", _NETWORK, "127.0.0.1")]
 _Port = Annotated[int | None, _option("--port", "Port; 0: any free one.", _NETWORK, "8000")]
 _Hosts = Annotated[
@@ -93,6 +101,7 @@ def serve(
     context: Context = None,
     cache_tokens: _CacheTokens = None,
     max_sequences: _Sequences = None,
+    batch_invariant: _Invariant = None,
     host: _Host = None,
     port: _Port = None,
     allowed_hosts: _Hosts = None,

@@ -47,8 +47,11 @@ class Scheduler:
     """Sequences waiting and running, over one pool of pages.
 
     max_sequences: most that run at once. chunk: most prompt rows in a step; chunk_beside: the same
-    while others generate, whose next token waits for that step. ``copy_page`` continues a page that
-    is known in part; should it raise, ``fail(sequence, error)`` is called for that sequence alone.
+    while others generate, whose next token waits for that step. Rows of a prompt go two or more at
+    a time: a device may round a row alone, which is how tokens are generated, in another way, and a
+    text must not depend on where its prompt was cut or what was cached of it. ``copy_page``
+    continues a page that is known in part; should it raise, ``fail(sequence, error)`` is called for
+    that sequence alone.
     Planning allocates; only :meth:`advance` moves sequences on, so that a step that failed can be
     run again.
     """
@@ -83,7 +86,7 @@ class Scheduler:
         beside = any(sequence.n_pending == 1 for sequence in self.running)
         budget = self._chunk_beside if beside else self._chunk
         for sequence in list(self.running):
-            n_rows = 1 if sequence.n_pending == 1 else min(sequence.n_pending, budget)
+            n_rows = _rows(sequence.n_pending, budget, bool(chunks))
             if n_rows and self._reserve(sequence, sequence.n_computed + n_rows):
                 budget -= n_rows if sequence.n_pending > 1 else 0
                 chunks.append(Chunk(sequence, n_rows))
@@ -92,7 +95,8 @@ class Scheduler:
                 break
             if admitted.finished:  # copying a page for it failed
                 continue
-            n_rows = min(admitted.n_pending, budget)
+            if not (n_rows := _rows(admitted.n_pending, budget, bool(chunks))):
+                break
             budget -= n_rows
             chunks.append(Chunk(admitted, n_rows))
         return chunks
@@ -173,7 +177,7 @@ class Scheduler:
         sequence = self.waiting[0]
         if not self._free_slots:
             return None
-        match = self.pool.match(sequence.tokens[:-1])  # the last one's logits are wanted: run it
+        match = self.pool.match(sequence.tokens[:-2])  # the last one's logits are wanted: run it
         n_new = pages_for(len(sequence.tokens)) - len(match.pages)
         # Every sequence generating soon needs a page: leave one for each, lest they take turns.
         n_wanted = n_new + len(self.running)
@@ -207,3 +211,14 @@ class Scheduler:
             self._fail(sequence, error)
         finally:
             self.pool.release(source)
+
+
+def _rows(n_pending: int, budget: int, beside: bool) -> int:
+    """Of the pending tokens, how many to run: not one of several, nor all but one, where that can
+    be helped. ``beside``: others have rows in the step already, so that these may wait."""
+    if n_pending == 1:
+        return 1
+    n_rows = min(n_pending, budget)
+    if n_pending - n_rows == 1 and n_rows > 2:
+        n_rows -= 1
+    return 0 if n_rows == 1 and beside else n_rows

@@ -35,6 +35,7 @@ def load_model(settings: Settings) -> Model:
         threads=settings.threads,
         chat=True,
         max_sequences=settings.max_sequences,
+        batch_invariant=settings.batch_invariant,
         cache_tokens=settings.cache_tokens or 4 * context,
     )
 

@@ -17,6 +17,7 @@ from headrace.errors import RequestError
 from headrace.sampling import check_integer, check_real
 
 PREFIX = "HEADRACE_"
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -30,7 +31,8 @@ class Settings:
 
     Model: model (a path or name), name (the id clients use; default: ``model``, of a path its
     stem), device, threads, context (most tokens of one request), cache_tokens (KV positions of all
-    requests together; default: four contexts), max_sequences (that run at once).
+    requests together; default: four contexts), max_sequences (that run at once), batch_invariant
+    (an answer does not depend on how many others run: on a GPU, slower for few).
 
     Network: host, port; allowed_hosts (names besides those of the loopback; "*": all),
     allowed_origins (of web pages on other origins; "*": all); api_keys.
@@ -51,6 +53,7 @@ class Settings:
     context: int | None = _setting(None, 1)
     cache_tokens: int | None = _setting(None, 1, 2**36)
     max_sequences: int = _setting(32, 1, 2**16)
+    batch_invariant: bool = False
 
     host: str = "127.0.0.1"
     port: int = _setting(8000, 0, 65535)
@@ -81,6 +84,10 @@ class Settings:
                 check = check_real if one.type == "float" else check_integer
                 low, high = one.metadata["low"], one.metadata["high"]
                 object.__setattr__(self, one.name, check(one.name, value, low, high))
+        if not isinstance(self.batch_invariant, bool):
+            raise RequestError(
+                f"batch_invariant must be true or false, not {self.batch_invariant!r}"
+            )
         _check_word("log_format", self.log_format, ("json", "text"))
         _check_word("log_level", self.log_level, ("debug", "info", "warning", "error"))
         if not self.is_loopback and not self.api_keys:
@@ -149,6 +156,10 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return tuple(item.strip() for item in text.split(",") if item.strip())
     if kind in (str, str | None):
         return text
+    if kind is bool:
+        if (word := text.strip().lower()) in _BOOLEANS:
+            return _BOOLEANS[word]
+        raise RequestError(f"{name} must be true or false, not {text!r}")
     number = float if kind is float else int
     try:
         return number(text)
