@@ -16,8 +16,6 @@
 
 constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
-constexpr int AT_ONCE = CACHE_DIM <= 128 ? 17 : 8;                 // splits joined
-constexpr bool VALUES_EARLY = CACHE_DIM <= 128 && ARCH >= 80;  // else there are not the registers
 constexpr int SHARED_BYTES = FRAGMENTS * 512 + WARPS * TILE * (CACHE_DIM + 2) * 4 + TILE * MAX_SPLITS * 4 + 16;
 
 struct AttendArgs {
@@ -69,23 +67,17 @@ DEVICE void join_weights(const float2* max_sum, int heads, int count, float* wei
   }
 }
 
-// out[head, dim] = the splits' sums, weighted, in order; AT_ONCE loads in flight.
+// out[head, dim] = the splits' sums, weighted, in order; many loads in flight.
 DEVICE void join(const float* partial, int heads, int count, const float* weights, float* out) {
   for (int i = 4 * threadIdx.x; i < heads * CACHE_DIM; i += 4 * WARPS * 32) {
     const int head = i / CACHE_DIM;
     const float* p = partial + (u64)head * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM;
     float4 v = {0.f, 0.f, 0.f, 0.f};
-    for (int first = 0; first < count; first += AT_ONCE) {
-      float4 x[AT_ONCE];
-#pragma unroll
-      for (int s = 0; s < AT_ONCE; ++s)
-        if (first + s < count) x[s] = load_fresh((const float4*)(p + (first + s) * CACHE_DIM));
-#pragma unroll
-      for (int s = 0; s < AT_ONCE; ++s) {
-        if (first + s >= count) break;
-        const float w = weights[head * MAX_SPLITS + first + s];
-        v.x = fmaf(x[s].x, w, v.x); v.y = fmaf(x[s].y, w, v.y); v.z = fmaf(x[s].z, w, v.z); v.w = fmaf(x[s].w, w, v.w);
-      }
+#pragma unroll 8
+    for (int s = 0; s < count; ++s) {
+      const float4 x = load_fresh((const float4*)(p + s * CACHE_DIM));
+      const float w = weights[head * MAX_SPLITS + s];
+      v.x = fmaf(x.x, w, v.x); v.y = fmaf(x.y, w, v.y); v.z = fmaf(x.z, w, v.z); v.w = fmaf(x.w, w, v.w);
     }
     *(float4*)(out + i) = v;
   }
@@ -113,18 +105,12 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
   DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
     const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
     float score[4][4] = {};
-    auto value = [&](int d) { return load_fresh((const uint4*)(cache.value(page, head, 8 * d + row) + base % PAGE_SIZE) + quad); };
-    uint4 values[CACHE_DIM / 8];  // asked for before the scores are there
-    if (VALUES_EARLY) {
-#pragma unroll
-      for (int d = 0; d < CACHE_DIM / 8; ++d) values[d] = value(d);
-    }
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
       // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
       // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
       const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
-#pragma unroll(VALUES_EARLY ? 8 : 2)
+#pragma unroll(CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
       for (int j = 0; j < CACHE_DIM / 32; ++j) {
         const uint4 k = load_fresh(key + 4 * j + quad);
         mma_f16(score[tile], q[2 * j * 32 + lane], k.x, k.y);
@@ -161,7 +147,7 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
     const int ahead = high - base - 8 * quad;  // of the lane's eight positions, how many exist
 #pragma unroll
     for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      uint4 v = VALUES_EARLY ? values[d] : value(d);
+      uint4 v = load_fresh((const uint4*)(cache.value(page, head, 8 * d + row) + base % PAGE_SIZE) + quad);
       if (ahead < 8) {  // what lies there may be anything: 0 × NaN
         u32* words = &v.x;
 #pragma unroll
