@@ -90,11 +90,10 @@ DEVICE void split_halves(float x, float y, u32& high, u32& low) {
   low = float_to_half(x - half_to_float(hx)) | (u32)float_to_half(y - half_to_float(hy)) << 16;
 }
 
-// Brings the keys and values of 32 positions into L2 while the previous kernel still runs.
+// Brings the keys of 32 positions, and the values of their page, into L2.
 DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
-  const u8* keys = (const u8*)cache.key(page, head, base);
-  for (int i = 64 * (threadIdx.x & 31); i < STEP * CACHE_DIM * 2; i += 64 * 32) prefetch_l2(keys + i);
-  for (int dim = threadIdx.x & 31; dim < CACHE_DIM; dim += 32) prefetch_l2(cache.value(page, head, dim) + base % PAGE_SIZE);
+  prefetch_l2(cache.key(page, head, base), STEP * CACHE_DIM * 2);
+  if (base % PAGE_SIZE == 0) prefetch_l2(cache.value(page, head, 0), PAGE_SIZE * CACHE_DIM * 2);
 }
 
 struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts), rows 8–15 lower parts
@@ -207,8 +206,13 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     const int low = max(start, splits.begin), high = min(start + splits.size, position + 1);
     Warp w;
     for (int base = low / STEP * STEP + warp * STEP; base < high; base += WARPS * STEP) {
+      u64 following = page;
+      if (base + WARPS * STEP < high) {
+        following = a.cache.page(slot, base + WARPS * STEP);
+        prefetch(a.cache, following, kv_head, base + WARPS * STEP);
+      }
       w.step(q, a.cache, page, kv_head, base, low, high);
-      if (base + WARPS * STEP < high) page = a.cache.page(slot, base + WARPS * STEP);
+      page = following;
     }
     w.sum += shuffle_xor(w.sum, 1);
     w.sum += shuffle_xor(w.sum, 2);

@@ -192,8 +192,7 @@ DEVICE void multiplied(Sums& sums, Operand& upper, Operand& lower) {
 // Asks L2 for a slice of the tiles of eight rows: a step is too short for the loads of the next to come from memory.
 template <class T> DEVICE void prefetch(const u8* tiles, int slice) {
   if (slice >= T::SLICES) return;
-  for (int tile = 0; tile < 2; ++tile)
-    for (u32 i = (threadIdx.x & 31) * 32; i < T::bytes(slice); i += 32 * 32) prefetch_l2(tiles + T::offset(tile, slice) + i);
+  for (int tile = 0; tile < 2; ++tile) prefetch_l2(tiles + T::offset(tile, slice), T::bytes(slice));
 }
 
 // Where a warp's rows of W lie: the tiles of its first eight and of its last. UPPER, LOWER: their types.

@@ -40,8 +40,15 @@ DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32
 
 // Loads that skip L1: for what another block or kernel wrote.
 template <class T> DEVICE T load_fresh(const T* p) { return __ldcg(p); }
-// Asks L2 for the line at p; nothing waits for it, and what is stored later is seen all the same.
-DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Asks L2 for bytes (a multiple of 16) from p, a multiple of 16, on; nothing waits for them, and what is stored later
+// is seen all the same. The whole warp calls.
+DEVICE void prefetch_l2(const void* p, u32 bytes) {
+#if ARCH >= 90
+  if ((threadIdx.x & 31) == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#else
+  for (u32 i = (threadIdx.x & 31) * 32; i < bytes; i += 32 * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + i));
+#endif
+}
 DEVICE void fence_device() { __threadfence(); }
 DEVICE void fence_system() { __threadfence_system(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
