@@ -158,7 +158,7 @@ def prompt_attend(
     together = device.arch == 90 and dim in (64, 128)
     if together:
         heads = min((8, 4, 2, 1), key=lambda n: -(-group // n) * n)  # the fewest idle
-        warps, stages, tokens = 8, 4, 8 // heads * 16
+        warps, stages, tokens = 8, 6, 8 // heads * 16
         shared = stages * 256 * dim + 2 * tokens * 4
     else:
         heads, warps, stages, tokens, shared = _prompt_tile(device, group, dim)

@@ -90,7 +90,7 @@ DEVICE void split_halves(float x, float y, u32& high, u32& low) {
   low = float_to_half(x - half_to_float(hx)) | (u32)float_to_half(y - half_to_float(hy)) << 16;
 }
 
-// Brings the keys of 32 positions, and the values of their page, into L2.
+// Brings the keys of 32 positions, and the values of their page, into L2 while the previous kernel still runs.
 DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
   prefetch_l2(cache.key(page, head, base), STEP * CACHE_DIM * 2);
   if (base % PAGE_SIZE == 0) prefetch_l2(cache.value(page, head, 0), PAGE_SIZE * CACHE_DIM * 2);
@@ -206,13 +206,8 @@ KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
     const int low = max(start, splits.begin), high = min(start + splits.size, position + 1);
     Warp w;
     for (int base = low / STEP * STEP + warp * STEP; base < high; base += WARPS * STEP) {
-      u64 following = page;
-      if (base + WARPS * STEP < high) {
-        following = a.cache.page(slot, base + WARPS * STEP);
-        prefetch(a.cache, following, kv_head, base + WARPS * STEP);
-      }
       w.step(q, a.cache, page, kv_head, base, low, high);
-      page = following;
+      if (base + WARPS * STEP < high) page = a.cache.page(slot, base + WARPS * STEP);
     }
     w.sum += shuffle_xor(w.sum, 1);
     w.sum += shuffle_xor(w.sum, 2);

@@ -5,7 +5,7 @@
 #include "wgmma.cuh"
 
 constexpr int MT = 1, STEP = PAGE_SIZE, HALF_TILE = 64 * 128;  // bytes of 64 rows of 64
-constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = 2;
+constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = STAGES - 1;
 
 // Keys as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them.
 DEVICE void request(const Cache& cache, u8* stage, int slot, int head, int base, int end) {
