@@ -111,7 +111,7 @@ def gpu() -> str:
         receipt = json.loads(path.read_text())
         rows = [("model", "work", "tok/s", "share of the read ceiling")]
         for model in receipt["models"]:
-            if model["products"] != "dots":
+            if model["products"] != "default":
                 continue
             rows += [
                 (f"{model['model']} {model['recipe']}", f"decode at depth {one['depth']:,}",

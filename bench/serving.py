@@ -54,7 +54,10 @@ def served(path: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, int
         assert process.stderr is not None
         url = ""
         for line in process.stderr:
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                sys.exit(line.strip())
             url = record.get("url", url)
             if record["event"] == "ready":
                 break

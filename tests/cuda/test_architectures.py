@@ -148,6 +148,7 @@ def test_compiles_without_spills(target: str) -> None:
         found = dict(zip(specs, pool.map(compiled, specs), strict=True))
     spilling = {spec.name: r for spec, r in found.items() if r.spill_bytes}
     assert not spilling
+    assert not {spec for spec, r in found.items() if r.serialised}
     most = max(r.registers for r in found.values())
     print(f"sm_{target}: {len(specs)} kernels, at most {most} registers")
     for launch in launches:

@@ -94,6 +94,20 @@ def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None
     assert "kkk" not in repr(named)
 
 
+def test_a_setting_that_is_true_or_false(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "a.gguf"\nbatch_invariant = true\n')
+    name = "HEADRACE_BATCH_INVARIANT"
+    assert load_settings({}, file, {}).batch_invariant
+    assert not load_settings({}, file, {name: "false"}).batch_invariant
+    assert load_settings({"batch_invariant": True}, file, {name: "0"}).batch_invariant
+    with pytest.raises(RequestError, match=f"{name} must be true or false, not 'maybe'"):
+        load_settings({}, file, {name: "maybe"})
+    file.write_text('model = "a.gguf"\nbatch_invariant = 2\n')
+    with pytest.raises(RequestError, match="batch_invariant must be true or false, not 2"):
+        load_settings({}, file, {})
+
+
 def test_every_setting_has_a_flag_and_a_line_in_the_help() -> None:
     result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     for setting in fields(Settings):
@@ -107,7 +121,7 @@ def test_every_setting_has_a_flag_and_a_line_in_the_help() -> None:
 def test_every_setting_can_be_in_the_environment() -> None:
     values = {
         "str": "text", "str | None": "text", "int | None": "7", "int": "8", "float": "9.5",
-        "tuple[str, ...]": "one-of-them,another-one",
+        "tuple[str, ...]": "one-of-them,another-one", "bool": "True",
     }  # fmt: skip
     special = {"log_format": "text", "log_level": "error"}
     environment = {

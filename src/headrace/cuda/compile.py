@@ -61,6 +61,8 @@ class Resources:
 
     registers: int
     spill_bytes: int
+    serialised: bool
+    """Asynchronous products (wgmma) are waited for one by one."""
 
 
 def cache_folder() -> Path:
@@ -137,7 +139,9 @@ def resources(spec: Specialisation, arch: str) -> Resources:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     if not registers:
         raise DeviceError(f"the compiler's log names no registers: {log!r}")
-    return Resources(max(registers), sum(spills))
+    return Resources(
+        max(registers), sum(spills), "wgmma.mma_async instructions are serialized" in log
+    )
 
 
 _IMPORTING = threading.Lock()
