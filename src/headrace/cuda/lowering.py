@@ -11,8 +11,8 @@ from headrace.cuda import arguments as c
 from headrace.cuda import gemm, launchers, products
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
-from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES
+from headrace.cuda.model_shapes import cache_shapes, next_norms, products_of
 from headrace.cuda.products import (
     GROUP,
     PLAIN,
@@ -87,8 +87,8 @@ class Lowering:
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
-        self._gains = dict(zip(decoder.operations, _next_norms(decoder), strict=True))
-        self.cache_shapes = _cache_shapes(decoder)
+        self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
+        self.cache_shapes = cache_shapes(decoder)
         self._rotations: dict[Rope, str] = {}
         self._reserve()
 
@@ -129,7 +129,7 @@ class Lowering:
                     self.device, [linear.n for linear in linears], linears[0].k, rows,
                     paired=isinstance(op, FeedForwardIn),
                 )
-                for op, linears in _products(self.decoder)
+                for op, linears in products_of(self.decoder)
             ]  # fmt: skip
             ropes = list(dict.fromkeys(op.rope for op in projections if not self._separate(op)))
             for i, rope in enumerate(ropes):
@@ -366,41 +366,6 @@ class Lowering:
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
             macros=macros, tuning=self.tuning,
         )  # fmt: skip
-
-
-def _products(decoder: Decoder) -> Iterator[tuple[Operation, list[Linear]]]:
-    """The matrices that each operation multiplies one x by."""
-    for op in decoder.operations:
-        match op:
-            case ProjectQKV():
-                yield op, [op.q, op.k, op.v]
-            case FeedForwardIn():
-                yield op, [op.gate, op.up]
-            case ProjectOut(out=linear) | FeedForwardOut(down=linear) | Head(out=linear):
-                yield op, [linear]
-
-
-def _next_norms(decoder: Decoder) -> list[Norm]:
-    """For each operation, the norm that next reads the residual stream (Head's own for Head)."""
-    norms: list[Norm] = []
-    following: Norm | None = None
-    for operation in reversed(decoder.operations):
-        own = operation.norm if isinstance(operation, ProjectQKV | FeedForwardIn | Head) else None
-        if isinstance(operation, Head):
-            following = own
-        if following is None:
-            raise ModelError("the last operation of a decoder is its Head")
-        norms.append(following)
-        following = own or following
-    return norms[::-1]
-
-
-def _cache_shapes(decoder: Decoder) -> dict[int, CacheShape]:
-    return {
-        op.layer: CacheShape(op.n_heads, op.n_kv_heads, op.head_dim, op.rope.dim, op.rope.magnitude)
-        for op in decoder.operations
-        if isinstance(op, ProjectQKV)
-    }
 
 
 def runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
