@@ -43,7 +43,7 @@ async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
             body, prompt, max_tokens=max_tokens, logprobs=logprobs, masks=masks
         ),
     )
-    generation = Generation(service, requests, "messages")
+    generation = service.generate(requests, "messages")
     common.note(http, body.user, generation)
     answer = _Answer(service, generation, body, uses_tools)
     if body.stream:

@@ -41,7 +41,7 @@ async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
         ]
 
     requests = await service.text("prompt", build)
-    generation = Generation(service, requests, "prompt")
+    generation = service.generate(requests, "prompt")
     common.note(http, body.user, generation)
     answer = _Answer(service, generation, body, len(requests))
     if body.stream:

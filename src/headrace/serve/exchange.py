@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
-from headrace.serve.generation import Generation
 from headrace.serve.problems import Problem
 
 CONNECTION = "headrace.connection"
@@ -36,6 +35,14 @@ class Connection(Protocol):
         """Connections of the server."""
 
 
+class Work(Protocol):
+    """What an exchange waits for: a :class:`~headrace.serve.generation.Generation`."""
+
+    def abort(self, problem: Problem) -> None: ...
+    def cancel(self) -> None: ...
+    def as_log(self) -> dict[str, object]: ...
+
+
 class Exchange:
     """Adds headers to the answer, remembers how it went. Made in the task that answers."""
 
@@ -48,23 +55,23 @@ class Exchange:
         self.connection: Connection | None = scope.get("extensions", {}).get(CONNECTION)
         self.ended_by: Problem | None = None
         self._facts: dict[str, Any] = {}
-        self._generation: Generation | None = None
+        self._work: Work | None = None
         self._send = send
         self._begun = self._complete = False
         self._task = asyncio.current_task()
 
-    def note(self, user: str | None, generation: Generation | None = None, **facts: Any) -> None:
-        """For the log: who asks, and counts, never text. ``generation`` ends when this does."""
+    def note(self, user: str | None, work: Work | None = None, **facts: Any) -> None:
+        """For the log: who asks, and counts, never text. ``work`` ends when this does."""
         self._facts = {**facts, "user": user} if user else facts
-        self._generation = generation
+        self._work = work
 
     def end(self, problem: Problem) -> None:
         """End it now: with ``problem`` for its answer, or as an event if it is a stream."""
         if self._complete or self.ended_by is not None:
             return
         if self._begun and problem.status != 499:
-            if self._generation is not None:
-                self._generation.abort(problem)
+            if self._work is not None:
+                self._work.abort(problem)
             return
         self.ended_by = problem
         if self._task is not None:
@@ -95,10 +102,10 @@ class Exchange:
 
     def close(self) -> None:
         """Whatever happened: nothing goes on."""
-        if self._generation is not None:
-            self._generation.cancel()
+        if self._work is not None:
+            self._work.cancel()
 
     def as_log(self) -> dict[str, Any]:
-        facts = self._generation.as_log() if self._generation is not None else {}
+        facts = self._work.as_log() if self._work is not None else {}
         facts |= self._facts
         return facts | {"error": self.code} if self.code else facts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from headrace.backend import PAGE_SIZE
 from headrace.engine.request import FinishReason, Request
@@ -13,11 +12,8 @@ from headrace.engine.sequence import Event
 from headrace.engine.sequence import Sequence as EngineSequence
 from headrace.errors import HeadraceError
 from headrace.sampling import TokenLogprob
-from headrace.serve.engine_thread import Stream
+from headrace.serve.engine_thread import EngineThread, Stream
 from headrace.serve.problems import Problem, from_error, unavailable
-
-if TYPE_CHECKING:
-    from headrace.serve.service import Service
 
 
 @dataclass
@@ -70,11 +66,13 @@ class Generation:
     :meth:`cancel` gives all of it back, however far things went.
     """
 
-    def __init__(self, service: Service, requests: Sequence[Request], param: str) -> None:
-        """``param``: the field that holds the prompt."""
+    def __init__(
+        self, engine: EngineThread, requests: Sequence[Request], param: str, timeout: float
+    ) -> None:
+        """``param``: the field that holds the prompt. ``timeout``: seconds, then it ends."""
         self.usage = Usage()
         self.first_token_seconds: float | None = None
-        self._service, self._engine = service, service.engine
+        self._engine, self._timeout = engine, timeout
         self._requests, self._param = list(requests), param
         self._wake = asyncio.Event()
         self._streams = [Stream(self._wake.set) for _ in requests]
@@ -83,9 +81,7 @@ class Generation:
         self._followers = _followers(self._requests)
         self._engine.reserve(len(requests))
         self._n_reserved = len(requests)
-        self._timer = asyncio.get_running_loop().call_later(
-            service.settings.request_timeout, self._expire
-        )
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._expire)
         try:
             following = {i for group in self._followers.values() for i in group}
             self._start(i for i in range(len(requests)) if i not in following)
@@ -174,8 +170,8 @@ class Generation:
             self.usage.cached += timings.cached_tokens
 
     def _expire(self) -> None:
-        seconds = self._service.settings.request_timeout
-        self.abort(Problem(504, f"the answer took more than {seconds:g} s", code="timeout"))
+        message = f"the answer took more than {self._timeout:g} s"
+        self.abort(Problem(504, message, code="timeout"))
 
 
 def _followers(requests: Sequence[Request]) -> dict[int, list[int]]:

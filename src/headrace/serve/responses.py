@@ -47,7 +47,7 @@ async def create_response(body: ResponsesRequest, http: HTTPRequest) -> Response
         options["top_p"] = body.top_p
     options["mask"] = await service.mask(_grammar(body), "text")
     request = await service.text("input", lambda _: make_request(prompt, options))
-    generation = Generation(service, [request], "input")
+    generation = service.generate([request], "input")
     common.note(http, body.user, generation)
     answer = _Answer(service, generation, body)
     if body.stream:

@@ -10,11 +10,13 @@ from functools import cached_property
 from typing import TypeVar
 
 from headrace.api import Model
+from headrace.engine.request import Request
 from headrace.errors import ContextOverflowError, HeadraceError
 from headrace.sampling import LogitsMask
 from headrace.serve.constrain import Grammars
 from headrace.serve.engine_thread import EngineThread
 from headrace.serve.exchange import Exchange
+from headrace.serve.generation import Generation
 from headrace.serve.metrics import Metrics
 from headrace.serve.problems import Problem, from_error
 from headrace.serve.settings import Settings
@@ -57,6 +59,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def generate(self, requests: Sequence[Request], param: str) -> Generation:
+        """Start ``requests``, within the settings' limits; ``param`` is where the prompt came."""
+        return Generation(self.engine, requests, param, self.settings.request_timeout)
 
     async def text(self, param: str, function: Callable[[Model], T]) -> T:
         """``function`` of the model, in a thread for text. Its errors are about ``param``."""
