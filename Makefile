@@ -47,6 +47,8 @@ gpu: llama-1b-Q4_K_M.gguf llama-8b-Q4_K_M.gguf
 	python bench/gpu.py --json $(GPU)/decode.json
 	python bench/accuracy.py smollm2 gemma3:270m --device cuda --products dots tensor prompts floats
 	python bench/endurance.py llama-1b-Q4_K_M.gguf --device cuda
+	headrace bench llama-8b-Q4_K_M.gguf --device cuda --json >$(GPU)/bench-8b.json
+	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256 --batch-invariant
 	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256
 
 llama-%-Q4_K_M.gguf:
