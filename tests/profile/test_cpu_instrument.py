@@ -208,10 +208,14 @@ def test_ceilings_are_of_this_machine():
 def test_parts_sum_to_the_measured_token(smollm2_path):
     """Within 5% of what the host's clock says; and the time stamps cost nothing much.
 
-    By the fastest tokens: on a busy machine the others say what else it did.
+    By the fastest tokens, of three times if need be: on a busy machine the others say what else it
+    did.
     """
     runner = CPURunner(load_decoder(open_gguf(smollm2_path)))
-    profile = profile_runner(runner, Subject("smollm2", "llama", "cpu"), tokens=32)
+    for _ in range(3):
+        profile = profile_runner(runner, Subject("smollm2", "llama", "cpu"), tokens=32)
+        if profile.seconds.min / profile.plain.min < 1.25:
+            break
     runner.close()
     assert abs(profile.unattributed_share) < 0.05
     assert abs(profile.total.seconds.median / profile.seconds.median - 1) < 0.05

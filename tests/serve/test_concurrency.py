@@ -148,7 +148,7 @@ def test_a_second_identical_long_prompt_starts_5_times_sooner(server: Server) ->
 
     cached: list[int] = []
     assert reaches(attempt, server.process.pid)
-    assert cached[:2] == [0, 1799]  # all but the last, whose logits are wanted
+    assert cached[:2] == [0, 1798]  # all but the last two: the last one's logits are wanted
 
 
 def test_a_stream_goes_on_while_a_long_prompt_is_read(server: Server) -> None:
