@@ -39,15 +39,16 @@ profile:
 	HEADRACE_PROFILE_SCREENSHOT=$(CURDIR)/docs/profile.png pytest tests/profile/test_page.py
 	headrace profile smollm2
 
-# What a GPU alone can tell, its receipts kept. Slow: an hour, of which the models' making is half.
+# What a GPU alone can tell; what is written to a file is kept.
 GPU ?= bench/results/nvidia-h100
 gpu: llama-1b-Q4_K_M.gguf llama-8b-Q4_K_M.gguf
 	mkdir -p $(GPU)
 	pytest -m gpu
-	python bench/gpu.py --json $(GPU)/decode.json
+	python bench/gpu.py --models llama-8b --json $(GPU)/decode-8b.json
+	python bench/gpu.py --models llama-1b --json $(GPU)/decode-1b.json
 	python bench/accuracy.py smollm2 gemma3:270m --device cuda --products dots tensor prompts floats
 	python bench/endurance.py llama-1b-Q4_K_M.gguf --device cuda
-	headrace bench llama-8b-Q4_K_M.gguf --device cuda --json >$(GPU)/bench-8b.json
+	headrace bench llama-8b-Q4_K_M.gguf --device cuda
 	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256 --batch-invariant
 	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256
 

@@ -3,9 +3,9 @@
     python bench/accuracy.py smollm2 gemma3:270m --device cpu
 
 Teacher-forces the golden cases and the perplexity text of tests/data/golden on the device and on
-the float32 reference. With ``--products`` a GPU goes another way than it does by default: bfloat16
-on tensor cores (``tensor``, ``gemm``), for prompts alone (``prompts``), or float32 (``floats``).
-Exit code 1 if a limit is not met, 2 if a model cannot be measured.
+the float32 reference. With ``--products`` a GPU goes another way than it does by default: int8
+(``dots``), bfloat16 on tensor cores (``tensor``), for prompts alone (``prompts``), or float32
+(``floats``). Exit code 1 if a limit is not met, 2 if a model cannot be measured.
 """
 
 from __future__ import annotations

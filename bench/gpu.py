@@ -233,7 +233,7 @@ def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
     batch = Batch(tokens, positions, np.zeros_like(positions), table, positions[-1:])
     runner.step(batch)
     samples = []
-    for _ in range(3):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         runner.step(batch)
         samples.append((time.perf_counter() - start) * 1e6)

@@ -94,7 +94,7 @@ def load(
     chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
     max_sequences: most that run at once. cache_tokens: most tokens of all of them together
     (default: one context). batch_invariant: an answer does not depend on how many others are made
-    beside it; a GPU takes twice as long for one alone then (docs/decisions/014).
+    beside it; a GPU is slower for few of them then (docs/decisions/014).
 
     Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
 

@@ -11,7 +11,8 @@ import pytest
 
 from headrace.backend import DecodeRow
 from headrace.cuda.device import Device
-from headrace.cuda.runner import CUDARunner
+from headrace.cuda.host import HostDevice
+from headrace.cuda.runner import CUDARunner, best_options
 from headrace.errors import ContextOverflowError, DeviceError
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
@@ -107,6 +108,27 @@ def test_tensor_cores(device: Device, synthetic, shape: str) -> None:
     batch = batches.one_sequence(tokens[:3], 0, [1, 2])
     assert relative(runner.hidden(batch), reference.hidden(batch)) < 0.02
     runner.close()
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_sequence_is_the_same_beside_any_number_if_asked_for(
+    device: Device, synthetic, batch_invariant: bool
+) -> None:
+    decoder, n = synthetic("llama-tiny", "Q4_K_M"), 9
+    options = best_options(device, batch_invariant=batch_invariant)
+    runner = CUDARunner(decoder, device, max_rows=16, **options)
+    runner.allocate_cache(n)
+    table = np.arange(n)[:, None].tolist()
+    together = batches.rows([(i, 0, TOKENS[i]) for i in range(n)], table, range(n))
+    alone = batches.rows([(n - 1, 0, TOKENS[n - 1])], table, [0])
+    # Nine rows are enough for tensor cores, one is not.
+    equal = np.array_equal(runner.step(together)[-1:], runner.step(alone))
+    assert equal == batch_invariant
+    runner.close()
+
+
+def test_without_tensor_cores_for_bfloat16_there_is_one_way() -> None:
+    assert best_options(HostDevice(arch=75), batch_invariant=True) == {}
 
 
 @pytest.mark.parametrize("shape", ["llama-tiny", "qwen3-tiny", "gemma3-tiny"])

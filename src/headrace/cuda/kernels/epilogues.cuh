@@ -10,13 +10,7 @@
 // step writes (weights, positions, pages), fetch() after.
 #pragma once
 #include "activations.cuh"
-
-#define STORE 0
-#define ROTARY 1
-#define RESIDUAL 2
-#define PRODUCT 3
-#define SILU 0
-#define GELU_TANH 1
+#include "epilogue_names.cuh"
 
 #if EPILOGUE == STORE
 struct Ready {};

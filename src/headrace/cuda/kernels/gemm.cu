@@ -17,10 +17,6 @@
 #include "segments.cuh"
 #include "wgmma.cuh"
 
-#ifndef TOGETHER
-#define TOGETHER WGMMA  // four warps multiply together, asynchronously: the next step is unpacked meanwhile
-#endif
-
 constexpr int WARPS = 8, UNIT = 64, BLOCK = 4;  // steps
 constexpr int BLOCKS = brain_tiles(K) / BLOCK;
 // A step's weights are loaded so many steps before: as many as there are registers for.
@@ -71,7 +67,7 @@ struct Sums { float part[PARTS][WIDE / 2]; };  // [rows line and line + 8] × [t
 
 // sums += this warp's 16 × 64 weights × all tokens' 64 columns.
 DEVICE void multiply(Sums& sums, const Operand& upper, const Operand& lower, const u8* x) {
-#if TOGETHER
+#if WGMMA
   const u64 descriptor = wgmma_descriptor(x);
   wgmma_fence();
 #pragma unroll
@@ -97,7 +93,7 @@ DEVICE void multiply(Sums& sums, const Operand& upper, const Operand& lower, con
 }
 
 DEVICE void pin(Operand& o) {
-#if TOGETHER
+#if WGMMA
 #pragma unroll
   for (int i = 0; i < 8; ++i) pin(o.w[i >> 1][i & 1]);
 #endif
@@ -105,7 +101,7 @@ DEVICE void pin(Operand& o) {
 
 // Waits for what multiply() began.
 DEVICE void multiplied(Sums& sums, Operand& upper, Operand& lower) {
-#if TOGETHER
+#if WGMMA
   wgmma_wait();
 #pragma unroll
   for (int p = 0; p < PARTS; ++p) pin(sums.part[p]);
@@ -188,12 +184,12 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<
   };
 #pragma unroll
   for (int quarter = 0; quarter < DISTANCE; ++quarter) load(quarter);
-#if TOGETHER
+#if WGMMA
   unpack(even, 0);
   load_ahead(0);
 #endif
   auto step = [&](Pair& now, Pair& next, int quarter) {
-#if TOGETHER
+#if WGMMA  // asynchronously: the next step is unpacked meanwhile
     multiply(sums, now.upper, now.lower, ring.wait(quarter));
     unpack(next, (quarter + 1) % BLOCK);
     load_ahead((quarter + 1) % BLOCK);

@@ -8,13 +8,7 @@
 // Ready holds what an output needs from memory: fetch() for several outputs comes before the finish() of the first.
 #pragma once
 #include "activations.cuh"
-
-#define STORE 0
-#define ROTARY 1
-#define RESIDUAL 2
-#define PRODUCT 3
-#define SILU 0
-#define GELU_TANH 1
+#include "epilogue_names.cuh"
 
 // Four floats, of which the first `count` exist. ALIGNED: four lie on a boundary of 16 bytes.
 template <bool ALIGNED> DEVICE void store4(float* p, const float4& v, int count) {
