@@ -133,7 +133,7 @@ def attend(
         "SOFTCAP": float(softcap or 0.0),
         "SPLIT": SPLIT,
         "MAX_SPLITS": most,
-        "WARPS": ATTEND_WARPS,
+        "ATTEND_WARPS": ATTEND_WARPS,
         "PREFETCH": ATTEND_PREFETCH,
         **brain(arguments.out),
     }
@@ -141,11 +141,17 @@ def attend(
     splits = min(most, -(-visible // SPLIT))
     blocks = head_tiles(shape.n_heads, shape.n_kv_heads)
     grid = (blocks, splits, n_rows)
-    sums = ATTEND_WARPS * 8 * (shape.cache_dim + 2) * 4
-    shared = shape.cache_dim // 16 * 512 + sums + 8 * most * 4 + 16
+    shared = attend_bytes(shape, most)
     return Launch(
         Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
     )
+
+
+def attend_bytes(shape: CacheShape, splits: int) -> int:
+    """Shared memory of ATTEND_WARPS warps (kernels/attend.cuh)."""
+    heads = min(8, shape.n_heads // shape.n_kv_heads)
+    sums = ATTEND_WARPS * heads * (shape.cache_dim + 2) * 4
+    return shape.cache_dim // 16 * 512 + sums + heads * splits * 4 + 16
 
 
 def prompt_attend(

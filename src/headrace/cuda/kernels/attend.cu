@@ -1,259 +1,30 @@
-// Grouped-query attention of each row over its slot's cache, split over the positions.
+// Grouped-query attention of each row over its slot's cache, split over the positions: a block has one row, the query
+// heads of one tile, and one split (attend.cuh).
 //
-// A block takes one row, up to eight query heads of one kv head, and one split of the positions; a
-// warp takes 32 positions at a time, on tensor cores, straight from memory: keys lie in the cache as
-// fragments of K^T, values (transposed) as fragments of V. The sixteen rows of the mma are the eight
-// heads twice: q rounded to f16, and what the rounding left; likewise the probabilities. So nothing but
-// the cache itself is f16. The block that finishes last joins the splits, in order.
-//
-// How positions are split depends on the row's position alone: a row's result is bit-equal whatever the
-// grid and whoever else is in the step.
-//
-// Macros: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16; the cache pads it to one of 32), SCALE, WINDOW (0: none), SOFTCAP (0: none),
-// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, WARPS, PREFETCH.
-#include "activations.cuh"
-#include "kv_cache.cuh"
+// Macros: those of attend.cuh; PREFETCH.
+#include "attend.cuh"
 
-constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
-constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
-constexpr int SHARED_BYTES = FRAGMENTS * 512 + WARPS * TILE * (CACHE_DIM + 2) * 4 + TILE * MAX_SPLITS * 4 + 16;
+constexpr int SHARED_BYTES = ATTEND_BYTES;
 
 struct AttendArgs {
-  const float* q;          // [rows, HEADS × HEAD_DIM], rotated
-  Cache cache;
-  Rows out;                // [rows, HEADS × HEAD_DIM]
-  float* partial;          // [rows, HEADS, MAX_SPLITS, CACHE_DIM]
-  float2* partial_max_sum; // [rows, HEADS, MAX_SPLITS]
-  u32* arrived;            // [rows, KV_HEADS × HEAD_TILES], zero between launches
+  Attention attention;
   STAMPS
 };
 
-struct Splits { int begin, first, size, count; };  // `size` positions each, from first × size
-
-DEVICE Splits splits_of(int position) {
-  const int begin = WINDOW ? max(0, position + 1 - WINDOW) : 0;
-  const int size = SPLIT * ((position + SPLIT * MAX_SPLITS) / (SPLIT * MAX_SPLITS));
-  return {begin, begin / size, size, position / size - begin / size + 1};
-}
-
-// The first position of a warp's first step in a split.
-DEVICE int first_base(const Splits& s, int split, int warp) {
-  return max((s.first + split) * s.size, s.begin) / STEP * STEP + warp * STEP;
-}
-
-// weights[head, s] = what split s counts in the whole: exp(its maximum − the greatest) / the sum. A warp a head.
-DEVICE void join_weights(const float2* max_sum, int heads, int count, float* weights) {
-  const int lane = threadIdx.x & 31;
-  for (int head = threadIdx.x >> 5; head < heads; head += WARPS) {
-    float2 m[(MAX_SPLITS + 31) / 32];
-    float largest = -INFINITY, sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i) {
-      const int s = lane + 32 * i;
-      m[i] = s < count ? load_fresh(max_sum + head * MAX_SPLITS + s) : make_float2(-INFINITY, 0.f);
-      largest = fmaxf(largest, m[i].x);
-    }
-#pragma unroll
-    for (int step = 16; step; step >>= 1) largest = fmaxf(largest, shuffle_xor(largest, step));
-#pragma unroll
-    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i) {
-      m[i].x = expf(m[i].x - largest);
-      sum = fmaf(m[i].y, m[i].x, sum);
-    }
-    sum = warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i)
-      if (lane + 32 * i < count) weights[head * MAX_SPLITS + lane + 32 * i] = m[i].x / sum;
-  }
-}
-
-// out[head, dim] = the splits' sums, weighted, in order; many loads in flight.
-DEVICE void join(const float* partial, int heads, int count, const float* weights, float* out) {
-  for (int i = 4 * threadIdx.x; i < heads * CACHE_DIM; i += 4 * WARPS * 32) {
-    const int head = i / CACHE_DIM;
-    const float* p = partial + (u64)head * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM;
-    float4 v = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-    for (int s = 0; s < count; ++s) {
-      const float4 x = load_fresh((const float4*)(p + s * CACHE_DIM));
-      const float w = weights[head * MAX_SPLITS + s];
-      v.x = fmaf(x.x, w, v.x); v.y = fmaf(x.y, w, v.y); v.z = fmaf(x.z, w, v.z); v.w = fmaf(x.w, w, v.w);
-    }
-    *(float4*)(out + i) = v;
-  }
-}
-
-// Two floats as f16 pairs: rounded, and the rest.
-DEVICE void split_halves(float x, float y, u32& high, u32& low) {
-  const u16 hx = float_to_half(x), hy = float_to_half(y);
-  high = hx | (u32)hy << 16;
-  low = float_to_half(x - half_to_float(hx)) | (u32)float_to_half(y - half_to_float(hy)) << 16;
-}
-
-// Brings the keys of 32 positions, and the values of their page, into L2 while the previous kernel still runs.
-DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
-  prefetch_l2(cache.key(page, head, base), STEP * CACHE_DIM * 2);
-  if (base % PAGE_SIZE == 0) prefetch_l2(cache.value(page, head, 0), PAGE_SIZE * CACHE_DIM * 2);
-}
-
-struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts), rows 8–15 lower parts
-  float accumulator[CACHE_DIM / 8][4] = {};
-  float largest = -INFINITY, sum = 0.f;
-
-  // Positions base … base + 31, in `page`, of which [low, high) count.
-  DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-    float score[4][4] = {};
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
-      // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
-      const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
-#pragma unroll(CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
-      for (int j = 0; j < CACHE_DIM / 32; ++j) {
-        const uint4 k = load_fresh(key + 4 * j + quad);
-        mma_f16(score[tile], q[2 * j * 32 + lane], k.x, k.y);
-        mma_f16(score[tile], q[(2 * j + 1) * 32 + lane], k.z, k.w);
-      }
-    }
-    float p[4][2], step_largest = -INFINITY;
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float s = score[tile][e] + score[tile][e + 2];
-        if constexpr (SOFTCAP > 0.f) s = SOFTCAP * tanhf(s / SOFTCAP);
-        const int position = base + 8 * quad + 2 * tile + e;
-        p[tile][e] = position >= low && position < high ? s : -INFINITY;
-        step_largest = fmaxf(step_largest, p[tile][e]);
-      }
-    step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 1));
-    step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 2));
-    const float now = fmaxf(largest, step_largest), finite = now == -INFINITY ? 0.f : now;
-    const float keep = expf(largest - finite);
-    largest = now;
-    sum *= keep;
-    uint4 weights[2];
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      p[tile][0] = expf(p[tile][0] - finite);
-      p[tile][1] = expf(p[tile][1] - finite);
-      sum += p[tile][0] + p[tile][1];
-      uint4& w = weights[tile >> 1];
-      if (tile & 1) split_halves(p[tile][0], p[tile][1], w.z, w.w);
-      else split_halves(p[tile][0], p[tile][1], w.x, w.y);
-    }
-    const int ahead = high - base - 8 * quad;  // of the lane's eight positions, how many exist
-#pragma unroll
-    for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      uint4 v = load_fresh((const uint4*)(cache.value(page, head, 8 * d + row) + base % PAGE_SIZE) + quad);
-      if (ahead < 8) {  // what lies there may be anything: 0 × NaN
-        u32* words = &v.x;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] &= ahead > 2 * i + 1 ? 0xffffffffu : ahead > 2 * i ? 0xffffu : 0u;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
-      mma_f16(accumulator[d], weights[0], v.x, v.y);
-      mma_f16(accumulator[d], weights[1], v.z, v.w);
-    }
-  }
-};
-
-KERNEL(WARPS * 32, 1) attend(ARGS(AttendArgs, a)) {
+KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   DYNAMIC_SHARED(shared);
-  uint4* const q = (uint4*)shared;                                // [FRAGMENTS, lane]
-  float* const sums = (float*)(q + FRAGMENTS * 32);               // [WARPS, TILE, CACHE_DIM]
-  float2* const max_sums = (float2*)(sums + WARPS * TILE * CACHE_DIM);  // [WARPS, TILE]
-  float* const weights = (float*)(max_sums + WARPS * TILE);       // [TILE, MAX_SPLITS]
-  int* const is_last = (int*)(weights + TILE * MAX_SPLITS);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, line = lane >> 2, quad = lane & 3;
-  const int kv_head = blockIdx.x / HEAD_TILES, tile = blockIdx.x % HEAD_TILES, row = blockIdx.z;
-  const int first_head = kv_head * GROUP_HEADS + tile * TILE, heads = min(TILE, GROUP_HEADS - tile * TILE);
+  const Attention& a = args.attention;
   dependents_launch();
-  const int position = load_fresh(a.cache.positions + row), slot = load_fresh(a.cache.slots + row);
-  const Splits splits = splits_of(position);
-  // A warp without positions of its own reads a page entry and no more.
-  u64 page = a.cache.page(slot, min(first_base(splits, min((int)blockIdx.y, splits.count - 1), warp), position));
-  if (PREFETCH && blockIdx.y < splits.count) {
-    const int base = first_base(splits, blockIdx.y, warp);
-    if (base <= position) prefetch(a.cache, page, kv_head, base);
+  const Target target(a.cache, blockIdx.z, blockIdx.x);
+  const int split = blockIdx.y, warp = threadIdx.x >> 5;
+  const u64 page = target.first_page(a.cache, split, warp);
+  if (PREFETCH && split < target.splits.count) {
+    const int base = first_base(target.splits, split, warp);
+    if (base <= target.position) prefetch(a.cache, page, target.kv_head, base);
   }
-  BEGIN(a);
-  if (blockIdx.y >= splits.count) return;
-
-  for (int i = warp; i < FRAGMENTS; i += WARPS) {
-    float4 v = {0.f, 0.f, 0.f, 0.f};
-    const int dim = 32 * (i >> 1) + 8 * quad + 4 * (i & 1);
-    if (line < heads && dim < HEAD_DIM)
-      v = load_fresh((const float4*)(a.q + ((u64)row * HEADS + first_head + line) * HEAD_DIM + dim));
-    uint4 fragment;
-    split_halves(v.x * SCALE, v.y * SCALE, fragment.x, fragment.y);
-    split_halves(v.z * SCALE, v.w * SCALE, fragment.z, fragment.w);
-    q[i * 32 + lane] = fragment;
-  }
-  sync_block();
-  const Row out = a.out.row<HEADS * HEAD_DIM>(row);
-  auto finish = [&](int head, int dim, float v) {
-    const int column = (first_head + head) * HEAD_DIM + dim;
-    const bool live = dim < HEAD_DIM;
-    if (live && out.values) out.values[column] = v;
-    store_group(out, column, v, 1.f, live);
-  };
-
-  for (int split = blockIdx.y; split < splits.count; split += gridDim.y) {
-    const int start = (splits.first + split) * splits.size;
-    const int low = max(start, splits.begin), high = min(start + splits.size, position + 1);
-    Warp w;
-    for (int base = low / STEP * STEP + warp * STEP; base < high; base += WARPS * STEP) {
-      w.step(q, a.cache, page, kv_head, base, low, high);
-      if (base + WARPS * STEP < high) page = a.cache.page(slot, base + WARPS * STEP);
-    }
-    w.sum += shuffle_xor(w.sum, 1);
-    w.sum += shuffle_xor(w.sum, 2);
-    if (quad == 0) max_sums[warp * TILE + line] = make_float2(w.largest, w.sum);
-#pragma unroll
-    for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      const float* c = w.accumulator[d];
-      *(float2*)(sums + (warp * TILE + line) * CACHE_DIM + 8 * d + 2 * quad) = make_float2(c[0] + c[2], c[1] + c[3]);
-    }
-    sync_block();
-    for (int i = threadIdx.x; i < heads * CACHE_DIM; i += WARPS * 32) {
-      const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
-      float largest = -INFINITY, sum = 0.f, v = 0.f;
-#pragma unroll
-      for (int k = 0; k < WARPS; ++k) largest = fmaxf(largest, max_sums[k * TILE + head].x);
-#pragma unroll
-      for (int k = 0; k < WARPS; ++k) {
-        const float2 m = max_sums[k * TILE + head];
-        const float scale = expf(m.x - largest);
-        sum = fmaf(m.y, scale, sum);
-        v = fmaf(sums[(k * TILE + head) * CACHE_DIM + dim], scale, v);
-      }
-      if (splits.count == 1) finish(head, dim, v / sum);
-      else {
-        const u64 at = ((u64)row * HEADS + first_head + head) * MAX_SPLITS + split;
-        a.partial[at * CACHE_DIM + dim] = v;
-        if (dim == 0) a.partial_max_sum[at] = make_float2(largest, sum);
-      }
-    }
-    if (splits.count == 1) return;
-    fence_device();
-    sync_block();
-    if (threadIdx.x == 0) *is_last = atomic_add(a.arrived + row * gridDim.x + blockIdx.x, 1) == (u32)splits.count - 1;
-    sync_block();
-    if (*is_last) {
-      fence_device();
-      if (threadIdx.x == 0) a.arrived[row * gridDim.x + blockIdx.x] = 0;
-      const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
-      join_weights(a.partial_max_sum + at, heads, splits.count, weights);
-      sync_block();
-      join(a.partial + at * CACHE_DIM, heads, splits.count, weights, sums);
-      sync_block();
-      for (int i = threadIdx.x; i < heads * CACHE_DIM; i += WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
-    } else if (split + gridDim.y < splits.count) {
-      page = a.cache.page(slot, first_base(splits, split + gridDim.y, warp));
-    }
-  }
+  BEGIN(args);
+  if (split >= target.splits.count) return;
+  u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
+  attend_splits(a, target, split, gridDim.y, page, shared, arrived, threadIdx.x, sync_block);
 }
 HOST_ENTRY(attend, AttendArgs)

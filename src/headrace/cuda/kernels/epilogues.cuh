@@ -1,9 +1,9 @@
-// What a matvec does with its results. EPILOGUE picks one:
-//   STORE     y[row, n], all matrices' outputs side by side; logits are scaled and soft-capped
+// What a product of rows does with its results. Each is there where its macros are, and takes the matrices' rows:
+//   Store     y[row, n], all matrices' outputs side by side; logits are scaled and soft-capped
 //             (LOGIT_SCALE, SOFTCAP).
-//   ROTARY    q, k, v: rotates q and k (kv_cache.cuh), stores q, writes k and v to the cache.
-//   RESIDUAL  x[row, n] += y; quantises x∘gain for the next operation.
-//   PRODUCT   activation(gate) × up (ACTIVATION: SILU or GELU_TANH), quantised for the down matmul.
+//   Rotary    q, k, v: rotates q and k, stores q, writes k and v to the cache (kv_cache.cuh's macros).
+//   Residual  x[row, n] += y; quantises x∘gain for the next operation.
+//   Product   activation(gate) × up (ACTIVATION: SILU or GELU_TANH), quantised for the down matmul.
 //
 // What an output needs from memory is loaded into a Ready before the dot products, so that the loads'
 // latency hides behind them: prepare() before the previous kernel has ended, for what no kernel of this
@@ -12,27 +12,29 @@
 #include "activations.cuh"
 #include "epilogue_names.cuh"
 
-#if EPILOGUE == STORE
-struct Ready {};
-struct Epilogue {
-  float* y;  // [rows, N0 + N1 + N2]
+#ifdef LOGIT_SCALE
+template <int A, int B, int C> struct Store {
+  struct Ready {};
+  float* y;  // [rows, A + B + C]
   DEVICE Ready prepare(int, int, int, bool) const { return {}; }
   DEVICE void fetch(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready&, int row, int segment, int n, float v, bool live) const {
     if (!live) return;
     v *= LOGIT_SCALE;
     if (SOFTCAP > 0.f) v = SOFTCAP * tanhf(v / SOFTCAP);
-    y[(u64)row * (N0 + N1 + N2) + (segment == 0 ? 0 : segment == 1 ? N0 : N0 + N1) + n] = v;
+    y[(u64)row * (A + B + C) + (segment == 0 ? 0 : segment == 1 ? A : A + B) + n] = v;
   }
 };
-#elif EPILOGUE == ROTARY
+#endif
+
+#ifdef HEAD_DIM
 #include "kv_cache.cuh"
-struct Ready {
-  Rotation rotation;
-  u16* cached;  // where k or v goes
-};
-struct Epilogue {
-  float* q;  // [rows, N0], rotated
+template <int N> struct Rotary {
+  struct Ready {
+    Rotation rotation;
+    u16* cached;  // where k or v goes
+  };
+  float* q;  // [rows, N], rotated
   Cache cache;
   const double* turns;
   DEVICE Ready prepare(int row, int segment, int n, bool live) const {
@@ -51,29 +53,31 @@ struct Epilogue {
     const float partner = shuffle_xor(v, 1);
     if (!live) return;
     if (segment < 2) v = rotate(v, partner, r.rotation);
-    if (segment == 0) q[(u64)row * N0 + n] = v;
+    if (segment == 0) q[(u64)row * N + n] = v;
     else *r.cached = float_to_half(v);
   }
 };
-#elif EPILOGUE == RESIDUAL
-struct Ready { float gain, residual; };
-struct Epilogue {
+#endif
+
+template <int N> struct Residual {
+  struct Ready { float gain, residual; };
   Rows x;             // the residual stream
   const float* gain;  // of the next norm
   DEVICE Ready prepare(int, int, int n, bool live) const { return {live ? gain[n] : 0.f, 0.f}; }
   DEVICE void fetch(Ready& r, int row, int n, bool live) const {
-    if (live) r.residual = load_fresh(x.row<N0>(row).values + n);
+    if (live) r.residual = load_fresh(x.row<N>(row).values + n);
   }
   DEVICE void finish(const Ready& ready, int row, int, int n, float v, bool live) const {
-    const Row r = x.row<N0>(row);
+    const Row r = x.row<N>(row);
     v = live ? v + ready.residual : 0.f;
     if (live) r.values[n] = v;
     store_group(r, n, v, ready.gain, live);
   }
 };
-#elif EPILOGUE == PRODUCT
-struct Ready {};
-struct Epilogue {
+
+#ifdef ACTIVATION
+template <int N> struct Product {
+  struct Ready {};
   Rows hidden;
   DEVICE Ready prepare(int, int, int, bool) const { return {}; }
   DEVICE void fetch(Ready&, int, int, bool) const {}
@@ -81,7 +85,7 @@ struct Epilogue {
     float v;
     if (ACTIVATION == SILU) v = gate / (1.f + expf(-gate)) * up;
     else v = 0.5f * gate * (1.f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate))) * up;
-    const Row r = hidden.row<N0>(row);
+    const Row r = hidden.row<N>(row);
     if (live && r.values) r.values[n] = v;
     store_group(r, n, live ? v : 0.f, 1.f, live);
   }

@@ -11,8 +11,20 @@
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
 // are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
+#include "dots.cuh"
 #include "epilogues.cuh"
 #include "segments.cuh"
+
+#if EPILOGUE == STORE
+using Epilogue = Store<N0, N1, N2>;
+#elif EPILOGUE == ROTARY
+using Epilogue = Rotary<N0>;
+#elif EPILOGUE == RESIDUAL
+using Epilogue = Residual<N0>;
+#elif EPILOGUE == PRODUCT
+using Epilogue = Product<N0>;
+#endif
+using Ready = Epilogue::Ready;
 
 constexpr int PITCH = SLICES | 1;
 constexpr int UNIT_GROUPS = UNIT_ROWS / TILE_ROWS * (PAIRED ? 2 : 1);
@@ -21,7 +33,7 @@ constexpr int STAGE_BYTES = larger(S0::MAX_BYTES, larger(S1::MAX_BYTES, S2::MAX_
 
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 15) / 16 * 16;
-constexpr int X_BYTES = FLOAT_ACTIVATIONS ? ROWS * K * 4 : ROWS * padded(K) / GROUP * 24;
+constexpr int X_BYTES = X_BYTES_OF<K, ROWS, FLOAT_ACTIVATIONS>;
 constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
 constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
 
@@ -58,86 +70,8 @@ DEVICE Place place(int first, int t) {
   return {2, group - groups0 - groups1, slice};
 }
 
-struct X {
-  const int4* quants;
-  const uint2* scales;
-  const float* values;
-};
-
-// sum[t × 4 + r] += this lane's share of tile row r against row t of x.
-template <int TYPE, class R> DEVICE void dot_tile(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
-  if constexpr (TYPE != NONE) {
-    using B = Block<TYPE>;
-    const int lane = threadIdx.x & 31, blocks = Tiles<TYPE, K>::blocks(slice);
-    const bool active = B::block(lane) < blocks;
-    const int a = slice * (TILE_COLUMNS / GROUP) + B::group_a(lane), b = slice * (TILE_COLUMNS / GROUP) + B::group_b(lane);
-    if constexpr (FLOAT_ACTIVATIONS) {
-      const u8* tile = ring.wait();
-      if (!active) return;
-#pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        float w[32];
-        lane_values<TYPE>(w, tile, blocks, r, lane);
-#pragma unroll
-        for (int t = 0; t < ROWS; ++t) {
-          const float4* xa = (const float4*)(x.values + t * K + a * GROUP);
-          const float4* xb = (const float4*)(x.values + t * K + b * GROUP);
-          float s = 0.f;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float4 v = i < 4 ? xa[i] : xb[i - 4];
-            s = fmaf(w[4 * i], v.x, s); s = fmaf(w[4 * i + 1], v.y, s);
-            s = fmaf(w[4 * i + 2], v.z, s); s = fmaf(w[4 * i + 3], v.w, s);
-          }
-          sum[t * TILE_ROWS + r] = s;
-        }
-      }
-    } else {
-      int4 xa = {}, xb = {};
-      uint2 sa = {}, sb = {};
-      auto load = [&](int t) {
-        xa = x.quants[t * (padded(K) / GROUP) + quant_slot(a)];
-        xb = x.quants[t * (padded(K) / GROUP) + quant_slot(b)];
-        sa = x.scales[t * (padded(K) / GROUP) + scale_slot(a)];
-        sb = x.scales[t * (padded(K) / GROUP) + scale_slot(b)];
-      };
-      if (ROWS == 1 && active) load(0);
-      const u8* tile = ring.wait();
-      if (!active) return;
-      // Integer sums as floats for one addition: 12,582,912 + i has i in its low bits.
-      auto dots = [](int a, int b, int x, int y) {
-        return bits_to_float((u32)dp4a(b, y, dp4a(a, x, 0x4b400000))) - 12582912.f;
-      };
-      auto dot = [&](const Share& s) {
-        float a = low_scale(sa) * dots(s.a[0], s.a[1], xa.x, xa.y);
-        float b = low_scale(sb) * dots(s.b[0], s.b[1], xb.x, xb.y);
-        a = fmaf(high_scale(sa), dots(s.a[2], s.a[3], xa.z, xa.w), a);
-        b = fmaf(high_scale(sb), dots(s.b[2], s.b[3], xb.z, xb.w), b);
-        float v = s.wa.x * a;
-        v = fmaf(s.wb.x, b, v);
-        v = fmaf(s.wa.y, group_sum(sa), v);
-        return fmaf(s.wb.y, group_sum(sb), v);
-      };
-      if constexpr (ROWS == 1) {
-#pragma unroll
-        for (int r = 0; r < TILE_ROWS; ++r) {
-          Share s;
-          B::unpack(s, tile, blocks, r * blocks + B::block(lane), lane & 7);
-          sum[r] = dot(s);
-        }
-      } else {
-        Share s[TILE_ROWS];
-#pragma unroll
-        for (int r = 0; r < TILE_ROWS; ++r) B::unpack(s[r], tile, blocks, r * blocks + B::block(lane), lane & 7);
-#pragma unroll
-        for (int t = 0; t < ROWS; ++t) {
-          load(t);
-#pragma unroll
-          for (int r = 0; r < TILE_ROWS; ++r) sum[t * TILE_ROWS + r] = dot(s[r]);
-        }
-      }
-    }
-  }
+template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
+  if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice);
 }
 
 struct MatvecArgs {
@@ -170,37 +104,6 @@ DEVICE float bias_of(const MatvecArgs& a, const Output& o) {
   return !PAIRED && bias && o.live ? bias[o.n] : 0.f;
 }
 
-// x of this block's rows into shared memory, and 1/rms of each.
-DEVICE void load_x(const MatvecArgs& a, int first_row, int rows, u8* shared, float* inverse_rms) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  if (NORM) {
-    const int t = WARPS - 1 - warp;  // the last warps: the first are busy with x
-    if (t < rows) {
-      const float* squares = a.in.row<K>(first_row + t).squares;
-      float s = 0.f;
-#pragma unroll 8
-      for (int i = lane; i < K / GROUP; i += 32) s += load_fresh(squares + i);
-      s = warp_sum(s);
-      if (lane == 0) inverse_rms[t] = rsqrtf(s * (1.f / K) + EPS);
-    }
-  }
-  for (int t = 0; t < rows; ++t) {
-    const Row row = a.in.row<K>(first_row + t);
-    if constexpr (FLOAT_ACTIVATIONS) {
-      float* x = (float*)shared + t * K;
-      for (int i = threadIdx.x; i < K; i += WARPS * 32) x[i] = load_fresh(row.values + i) * (NORM ? a.in_gain[i] : 1.f);
-    } else {
-      constexpr int N = padded(K) / GROUP;
-      int4* quants = (int4*)shared + t * N;
-      int4* scales = (int4*)(shared + ROWS * N * 16) + t * (N / 2);
-      for (int i = threadIdx.x; i < N + N / 2; i += WARPS * 32) {
-        if (i < N) quants[i] = load_fresh(row.quants + i);
-        else scales[i - N] = load_fresh((const int4*)row.scales + i - N);
-      }
-    }
-  }
-}
-
 KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   DYNAMIC_SHARED(shared);
   u8* const x_memory = shared + RING_BYTES + BARRIER_BYTES;
@@ -228,9 +131,9 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   float bias = bias_of(a, mine);
   BEGIN(a);
   a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
-  load_x(a, first_row, rows, x_memory, inverse_rms);
+  load_x<K, ROWS, FLOAT_ACTIVATIONS, NORM, WARPS>(a.in, a.in_gain, EPS, first_row, rows, x_memory, inverse_rms);
   sync_block();
-  const X x = {(const int4*)x_memory, (const uint2*)(x_memory + ROWS * padded(K)), (const float*)x_memory};
+  const X x = x_at<K, ROWS, FLOAT_ACTIVATIONS>(x_memory);
 
   int t = warp;
   for (int unit = first; unit < last; unit += PASS_UNITS) {
@@ -239,9 +142,9 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
       const Place p = place(first, t);
       float sum[ROWS * TILE_ROWS] = {};
       const int s = p.segment;  // one copy of the code for each type, not for each matrix
-      if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_tile<TYPE0>(sum, ring, x, p.slice);
-      else if (s == 1 || TYPE2 == TYPE1) dot_tile<TYPE1>(sum, ring, x, p.slice);
-      else dot_tile<TYPE2>(sum, ring, x, p.slice);
+      if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_type<TYPE0>(sum, ring, x, p.slice);
+      else if (s == 1 || TYPE2 == TYPE1) dot_type<TYPE1>(sum, ring, x, p.slice);
+      else dot_type<TYPE2>(sum, ring, x, p.slice);
       sync_warp();
       request(ring.stage, t + STAGES * WARPS);
       ring.advance();
