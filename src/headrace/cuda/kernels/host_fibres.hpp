@@ -1,4 +1,5 @@
-// Threads of a block as fibres, blocks one after another: how kernels run on a CPU (host_primitives.hpp).
+// Threads of a block as fibres, blocks one after another (or all at once, where they wait for each other): how
+// kernels run on a CPU (host_primitives.hpp).
 #pragma once
 #include <algorithm>
 #include <chrono>
@@ -27,7 +28,7 @@ using std::min;
 #define DEVICE inline
 #define KERNEL(threads, blocks_per_sm) static void
 #define ARGS(type, name) const type& name
-#define DYNAMIC_SHARED(name) u8* const name = host::block.shared
+#define DYNAMIC_SHARED(name) u8* const name = host::block->shared
 #define __align__(n) alignas(n)
 #define __restrict__
 
@@ -143,19 +144,21 @@ struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
   std::vector<BulkCopy> copies;
-  volatile u32 generation;
-  u32 arrived, alive, current;
-  void* scheduler_sp;
-  u64 random_state;
-  void (*body)(const void*);
-  const void* args;
-  const char* fault;
+  volatile u32 generation, group_generations[16];  // the last: of barriers that some of the threads meet at
+  u32 arrived, group_arrived[16], alive, current;
+  Index3 index;
 };
-static Block block;
+static std::vector<std::unique_ptr<Block>> blocks;  // those that run together
+static Block* block;                                // of the fibre that runs
+static void* scheduler_sp;
+static u64 random_state;
+static void (*body)(const void*);
+static const void* args;
+static const char* fault;
 
 inline u32 random(u32 n) {
-  block.random_state = block.random_state * 6364136223846793005ull + 1442695040888963407ull;
-  return (u32)(block.random_state >> 33) % n;
+  random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
+  return (u32)(random_state >> 33) % n;
 }
 
 inline void switch_stack(void** save, void* load, const void* bottom, size_t size, bool last = false) {
@@ -173,25 +176,25 @@ static const void* scheduler_stack;
 static size_t scheduler_stack_size;
 
 inline void wait_change(const volatile u32* word, u32 seen) {
-  Fibre& f = block.fibres[block.current];
+  Fibre& f = block->fibres[block->current];
   f.waits_on = word;
   f.seen = seen;
-  switch_stack(&f.sp, block.scheduler_sp, scheduler_stack, scheduler_stack_size);
+  switch_stack(&f.sp, scheduler_sp, scheduler_stack, scheduler_stack_size);
 }
 
 inline void fibre_entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-  block.body(block.args);
-  Fibre& f = block.fibres[block.current];
+  body(args);
+  Fibre& f = block->fibres[block->current];
   f.done = true;
-  --block.alive;
-  if (block.alive && block.arrived == block.alive) {  // a thread that has ended counts as arrived
-    block.arrived = 0;
-    ++block.generation;
+  --block->alive;
+  if (block->alive && block->arrived == block->alive) {  // a thread that has ended counts as arrived
+    block->arrived = 0;
+    ++block->generation;
   }
-  switch_stack(&f.sp, block.scheduler_sp, scheduler_stack, scheduler_stack_size, true);
+  switch_stack(&f.sp, scheduler_sp, scheduler_stack, scheduler_stack_size, true);
 }
 
 inline void barrier_check(Barrier* b) {
@@ -201,8 +204,8 @@ inline void barrier_check(Barrier* b) {
   }
 }
 inline void complete(size_t i) {
-  BulkCopy c = block.copies[i];
-  block.copies.erase(block.copies.begin() + (long)i);
+  BulkCopy c = block->copies[i];
+  block->copies.erase(block->copies.begin() + (long)i);
   ASAN_UNPOISON_MEMORY_REGION(c.target, c.bytes);
   memcpy(c.target, c.source, c.bytes);
   Barrier* b = (Barrier*)c.barrier;
@@ -210,51 +213,70 @@ inline void complete(size_t i) {
   barrier_check(b);
 }
 
-// Runs every fibre of one block to its end; false when something is wrong (see block.fault).
-inline bool run_block(u32 threads) {
-  Block& k = block;
+inline void start(Block& k, Index3 index, u32 threads) {
   ASAN_UNPOISON_MEMORY_REGION(k.shared, SHARED);
   memset(k.shared, 0xff, SHARED);
+  k.index = index;
   k.fibres.assign(threads, Fibre{});
   k.warps.assign((threads + 31) / 32, Warp{});
   k.copies.clear();
   k.generation = 0;
   k.arrived = 0;
+  for (u32 i = 0; i < 16; ++i) k.group_generations[i] = k.group_arrived[i] = 0;
   k.alive = threads;
+  if (k.stacks_made < threads) {
+    k.stacks.reset(new u8[size_t(threads) * STACK]);
+    k.stacks_made = threads;
+  }
   for (u32 t = 0; t < threads; ++t)
     k.fibres[t].sp = first_stack_pointer(k.stacks.get() + (t + 1) * STACK, fibre_entry);
-  while (k.alive) {
-    bool progressed = false;
-    const u32 start = random(threads), stride = 2 * random(threads) + 1;
-    const bool permutes = (threads & (threads - 1)) == 0;  // an odd stride visits all of 2^n
-    for (u32 i = 0; i < threads; ++i) {
-      const u32 t = (start + i * (permutes ? stride : 1)) % threads;
-      Fibre& f = k.fibres[t];
-      if (f.done || (f.waits_on && *f.waits_on == f.seen)) continue;
-      f.waits_on = nullptr;
-      k.current = t;
-      threadIdx.x = t;
-      switch_stack(&k.scheduler_sp, f.sp, k.stacks.get() + t * STACK, STACK);
-      if (k.fault) return false;
+}
+
+// Gives each fibre of a block that can go on its turn; whether any could.
+inline bool advance(Block& k, u32 threads) {
+  bool progressed = false;
+  const u32 start = random(threads), stride = 2 * random(threads) + 1;
+  const bool permutes = (threads & (threads - 1)) == 0;  // an odd stride visits all of 2^n
+  block = &k;
+  blockIdx = k.index;
+  for (u32 i = 0; i < threads && !fault; ++i) {
+    const u32 t = (start + i * (permutes ? stride : 1)) % threads;
+    Fibre& f = k.fibres[t];
+    if (f.done || (f.waits_on && *f.waits_on == f.seen)) continue;
+    f.waits_on = nullptr;
+    k.current = t;
+    threadIdx.x = t;
+    switch_stack(&scheduler_sp, f.sp, k.stacks.get() + t * STACK, STACK);
+    progressed = true;
+  }
+  for (size_t i = k.copies.size(); i-- > 0;)
+    if (random(4) == 0 || (!progressed && i == 0)) {
+      complete(i);
       progressed = true;
     }
-    for (size_t i = k.copies.size(); i-- > 0;)
-      if (random(4) == 0 || (!progressed && i == 0)) {
-        complete(i);
-        progressed = true;
+  return progressed;
+}
+
+// Runs the blocks that have been started to their ends; false when something is wrong (see fault).
+inline bool run_blocks(u32 count, u32 threads) {
+  for (bool alive = true; alive;) {
+    bool progressed = alive = false;
+    for (u32 b = 0; b < count && !fault; ++b)
+      if (blocks[b]->alive) {
+        progressed |= advance(*blocks[b], threads);
+        alive |= blocks[b]->alive > 0;
       }
-    if (!progressed) {
-      k.fault = "deadlock: every thread waits";
-      return false;
-    }
+    if (fault) return false;
+    if (alive && !progressed) fault = "deadlock: every thread waits";
   }
-  if (!k.copies.empty()) k.fault = "a block ended with copies in flight";
-  return k.fault == nullptr;
+  for (u32 b = 0; b < count; ++b)
+    if (!blocks[b]->copies.empty()) fault = "a block ended with copies in flight";
+  return fault == nullptr;
 }
 
 // Meets the other 31 lanes; returns all lanes' words.
 inline const Slot* meet(const Slot& mine) {
-  Warp& w = block.warps[threadIdx.x >> 5];
+  Warp& w = block->warps[threadIdx.x >> 5];
   const u32 g = w.generation;
   Slot* slots = w.slots[g & 1];
   slots[threadIdx.x & 31] = mine;
@@ -267,37 +289,41 @@ inline const Slot* meet(const Slot& mine) {
   return slots;
 }
 
-inline const char* launch(void (*body)(const void*), const void* args, u32 gx, u32 gy, u32 gz, u32 threads,
-                          u32 shared_bytes, u64 seed) {
+// `together`: all blocks at once, for those that wait for each other.
+inline const char* launch(void (*kernel)(const void*), const void* arguments, u32 gx, u32 gy, u32 gz, u32 threads,
+                          u32 shared_bytes, u64 seed, bool together) {
   if (threads % 32 || threads > 1024 || shared_bytes > SHARED) return "bad launch shape";
-  block.body = body;
-  block.args = args;
-  block.random_state = seed;
-  block.fault = nullptr;
-  if (block.stacks_made < threads) {
-    block.stacks.reset(new u8[size_t(threads) * STACK]);
-    block.stacks_made = threads;
-  }
+  body = kernel;
+  args = arguments;
+  random_state = seed;
+  fault = nullptr;
   blockDim = {threads, 1, 1};
   gridDim = {gx, gy, gz};
+  const u32 most = together ? gx * gy * gz : 1;
+  while (blocks.size() < most) blocks.emplace_back(new Block{});
+  u32 count = 0;
   for (u32 z = 0; z < gz; ++z)
     for (u32 y = 0; y < gy; ++y)
       for (u32 x = 0; x < gx; ++x) {
-        blockIdx = {x, y, z};
-        if (!run_block(threads)) return block.fault;
+        start(*blocks[count++], {x, y, z}, threads);
+        if (count < most) continue;
+        if (!run_blocks(count, threads)) return fault;
+        count = 0;
       }
   return nullptr;
 }
 }  // namespace host
 
 // The entry Python calls through ctypes: one struct of arguments, as on the device.
-#define HOST_ENTRY(kernel, args)                                                                    \
+#define HOST_ENTRY(kernel, args) HOST_ENTRY_OF(kernel, args, false)
+#define HOST_ENTRY_TOGETHER(kernel, args) HOST_ENTRY_OF(kernel, args, true)
+#define HOST_ENTRY_OF(kernel, args, together)                                                                  \
   extern "C" size_t host_args_size() { return sizeof(args); }                                       \
   extern "C" int host_shared_bytes() { return SHARED_BYTES; }                                       \
   extern "C" const char* host_launch(const void* a, u32 gx, u32 gy, u32 gz, u32 threads,            \
                                      u32 shared_bytes, u64 seed) {                                  \
     if (shared_bytes < SHARED_BYTES) return "less shared memory than the kernel uses";              \
     return host::launch([](const void* p) { kernel(*(const args*)p); }, a, gx, gy, gz, threads,     \
-                        shared_bytes, seed);                                                        \
+                        shared_bytes, seed, together);                                              \
   }
 

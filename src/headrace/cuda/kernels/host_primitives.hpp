@@ -8,13 +8,24 @@
 #include "host_fibres.hpp"
 
 DEVICE void sync_block() {
-  host::Block& k = host::block;
+  host::Block& k = *host::block;
   const u32 g = k.generation;
   if (++k.arrived == k.alive) {
     k.arrived = 0;
     k.generation = g + 1;
   } else {
     host::wait_change(&k.generation, g);
+  }
+}
+// `threads` of the block meet at barrier `id`, 1 to 15.
+DEVICE void sync_threads(int id, u32 threads) {
+  host::Block& k = *host::block;
+  const u32 g = k.group_generations[id];
+  if (++k.group_arrived[id] == threads) {
+    k.group_arrived[id] = 0;
+    k.group_generations[id] = g + 1;
+  } else {
+    host::wait_change(&k.group_generations[id], g);
   }
 }
 DEVICE void sync_warp() { host::meet({}); }
@@ -56,6 +67,10 @@ DEVICE void prefetch_l2(const void* p, u32 bytes) {  // AddressSanitizer sees it
 DEVICE void fence_device() {}
 DEVICE void fence_system() {}
 DEVICE u32 atomic_add(u32* p, u32 v) { const u32 old = *p; *p += v; return old; }
+DEVICE void add_release(u32* p, u32 v) { *p += v; }
+DEVICE void wait_at_least(const u32* p, u32 count) {
+  while ((int)(*p - count) < 0) host::wait_change(p, *p);
+}
 DEVICE void atomic_or(u32* p, u32 v) { *p |= v; }
 DEVICE void atomic_max(u64* p, u64 v) { *p = max(*p, v); }
 DEVICE u64 global_time() { return (u64)std::chrono::steady_clock::now().time_since_epoch().count(); }
@@ -128,7 +143,7 @@ template <int N, bool BRAIN_KIND> void wgmma(float (&d)[N / 2], const u32 (&a)[4
   const Slot* lanes = meet({{a[0], a[1], a[2], a[3]}});
   Wgmma late{wgmma_late<N, BRAIN_KIND>, accumulate, d, {}, (const u8*)(b << 4)};
   for (u32 q = 0; q < 4; ++q) memcpy(late.rows[q], lanes[(threadIdx.x & 28) + q].word, 16);
-  auto& groups = block.fibres[block.current].wgmmas;
+  auto& groups = block->fibres[block->current].wgmmas;
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(late);
 }
@@ -137,12 +152,12 @@ template <int N> DEVICE void wgmma_brain(float (&d)[N / 2], const u32 (&a)[4], u
 template <int N> DEVICE void wgmma_half(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool more = true) { host::wgmma<N, false>(d, a, b, more); }
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit() {
-  auto& groups = host::block.fibres[host::block.current].wgmmas;
+  auto& groups = host::block->fibres[host::block->current].wgmmas;
   if (groups.empty()) groups.emplace_back();
   groups.emplace_back();
 }
 template <int PENDING = 0> DEVICE void wgmma_wait() {
-  auto& groups = host::block.fibres[host::block.current].wgmmas;
+  auto& groups = host::block->fibres[host::block->current].wgmmas;
   while (groups.size() > PENDING + 1) {
     for (auto& w : groups.front()) w.run(w.d, w.rows, w.b, w.accumulate);
     groups.erase(groups.begin());
@@ -183,25 +198,25 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 }
 DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   if (((uintptr_t)target | (uintptr_t)source | bytes) & 15) {
-    host::block.fault = "a bulk copy is not aligned to 16 bytes";
+    host::fault = "a bulk copy is not aligned to 16 bytes";
     return;
   }
   host::poison(target, bytes);
-  host::block.copies.push_back({target, source, bytes, barrier});
+  host::block->copies.push_back({target, source, bytes, barrier});
 }
 DEVICE void copy_async16(void* target, const void* source, int bytes = 16) {
   host::poison(target, 16);
-  auto& groups = host::block.fibres[host::block.current].groups;
+  auto& groups = host::block->fibres[host::block->current].groups;
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back({target, source, (u32)bytes});
 }
 DEVICE void copy_commit() {
-  auto& groups = host::block.fibres[host::block.current].groups;
+  auto& groups = host::block->fibres[host::block->current].groups;
   if (groups.empty()) groups.emplace_back();
   groups.emplace_back();
 }
 template <int PENDING> DEVICE void copy_wait() {
-  auto& groups = host::block.fibres[host::block.current].groups;
+  auto& groups = host::block->fibres[host::block->current].groups;
   while (groups.size() > PENDING + 1) {
     for (auto& c : groups.front()) {
       ASAN_UNPOISON_MEMORY_REGION(c.target, 16);

@@ -17,11 +17,14 @@ typedef unsigned long long u64;
 #define ARGS(type, name) const __grid_constant__ type name
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 #define HOST_ENTRY(kernel, args)
+#define HOST_ENTRY_TOGETHER(kernel, args)
 
 #define INFINITY __uint_as_float(0x7f800000u)
 constexpr u32 FULL_WARP = 0xffffffffu;
 
 DEVICE void sync_block() { __syncthreads(); }
+// `threads` of the block, whole warps, meet at barrier `id`, 1 to 15.
+DEVICE void sync_threads(int id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(FULL_WARP, v, mask); }
 template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WARP, v, lane); }
@@ -52,6 +55,14 @@ DEVICE void prefetch_l2(const void* p, u32 bytes) {
 DEVICE void fence_device() { __threadfence(); }
 DEVICE void fence_system() { __threadfence_system(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+// Adds to a counter that others wait for; they then see what this thread's block wrote before it met at a barrier.
+DEVICE void add_release(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+DEVICE void wait_at_least(const u32* p, u32 count) {  // the counter may wrap around
+  u32 now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
+  } while ((int)(now - count) < 0);
+}
 DEVICE void atomic_or(u32* p, u32 v) { atomicOr(p, v); }
 DEVICE void atomic_max(u64* p, u64 v) { atomicMax(p, v); }
 DEVICE u64 global_time() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory"); return t; }  // ns
