@@ -11,6 +11,7 @@
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
 // are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
+#include "cut.cuh"
 #include "dots.cuh"
 #include "epilogues.cuh"
 #include "segments.cuh"
@@ -26,8 +27,8 @@ using Epilogue = Product<N0>;
 #endif
 using Ready = Epilogue::Ready;
 
-constexpr int PITCH = SLICES | 1;
-constexpr int UNIT_GROUPS = UNIT_ROWS / TILE_ROWS * (PAIRED ? 2 : 1);
+using Cuts = Cut<K, UNIT_ROWS, PAIRED, N0, TYPE1 == NONE ? 0 : N1, TYPE2 == NONE ? 0 : N2>;
+constexpr int PITCH = Cuts::PITCH, UNIT_GROUPS = Cuts::UNIT_GROUPS;
 constexpr int PASS_GROUPS = PASS_UNITS * UNIT_GROUPS;
 constexpr int STAGE_BYTES = larger(S0::MAX_BYTES, larger(S1::MAX_BYTES, S2::MAX_BYTES));
 
@@ -53,23 +54,6 @@ DEVICE int first_unit(u32 b) {
   }
 }
 
-struct Place { int segment, group, slice; };
-
-// Tile t of a block that starts at `first`.
-DEVICE Place place(int first, int t) {
-  const int g = t / SLICES, slice = t % SLICES;
-  if (PAIRED) {
-    constexpr int half = UNIT_ROWS / TILE_ROWS;
-    const int in_unit = g % (2 * half);
-    return {in_unit >= half, (first + g / (2 * half)) * half + in_unit % half, slice};
-  }
-  const int group = first * (UNIT_ROWS / TILE_ROWS) + g;
-  constexpr int groups0 = S0::ROWS_PADDED / TILE_ROWS, groups1 = S1::ROWS_PADDED / TILE_ROWS;
-  if (TYPE1 == NONE || group < groups0) return {0, group, slice};
-  if (TYPE2 == NONE || group < groups0 + groups1) return {1, group - groups0, slice};
-  return {2, group - groups0 - groups1, slice};
-}
-
 template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
   if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice);
 }
@@ -83,21 +67,6 @@ struct MatvecArgs {
   int n_rows;            // of x
   STAMPS
 };
-
-// Output i of a pass: of row `row` of x, row `n` of matrix `segment`; its sums are at `local` (and, of
-// a pair's second matrix, UNIT_ROWS further on).
-struct Output { int row, segment, n, local; bool live; };
-
-DEVICE Output output(int unit, int units, int rows, int i) {
-  const int outputs = units * UNIT_ROWS;
-  const bool live = i < outputs * rows;
-  const int row = live && ROWS > 1 ? i / outputs : 0, o = live ? i - row * outputs : 0;
-  int n = unit * UNIT_ROWS + o, segment = 0;
-  if (PAIRED) return {row, 0, n, o / UNIT_ROWS * (2 * UNIT_ROWS) + o % UNIT_ROWS, live && n < N0};
-  if (TYPE1 != NONE && n >= S0::ROWS_PADDED) n -= S0::ROWS_PADDED, segment = 1;
-  if (TYPE2 != NONE && segment == 1 && n >= S1::ROWS_PADDED) n -= S1::ROWS_PADDED, segment = 2;
-  return {row, segment, n, o, live && n < (segment == 0 ? N0 : segment == 1 ? N1 : N2)};
-}
 
 DEVICE float bias_of(const MatvecArgs& a, const Output& o) {
   const float* bias = o.segment == 0 ? a.bias[0] : o.segment == 1 ? a.bias[1] : a.bias[2];
@@ -116,7 +85,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES);
   auto request = [&](int stage, int t) {
     if (t >= tiles) return ring.request(stage, nullptr, 0);
-    const Place p = place(first, t);
+    const Place p = Cuts::place(first, t);
     if (p.segment == 0) ring.request(stage, S0::tile(a.weights[0], p.group, p.slice), S0::bytes(p.slice));
     else if (p.segment == 1) ring.request(stage, S1::tile(a.weights[1], p.group, p.slice), S1::bytes(p.slice));
     else ring.request(stage, S2::tile(a.weights[2], p.group, p.slice), S2::bytes(p.slice));
@@ -126,7 +95,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   dependents_launch();
   const int first_row = blockIdx.y * ROWS, rows = min(ROWS, a.n_rows - first_row);
   // This thread's first output, in the first pass.
-  Output mine = output(first, min(PASS_UNITS, last - first), rows, threadIdx.x);
+  Output mine = Cuts::output(first, min(PASS_UNITS, last - first), rows, threadIdx.x);
   Ready ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
   float bias = bias_of(a, mine);
   BEGIN(a);
@@ -139,7 +108,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   for (int unit = first; unit < last; unit += PASS_UNITS) {
     const int units = min(PASS_UNITS, last - unit), base = (unit - first) * UNIT_GROUPS;
     for (const int end = (base + units * UNIT_GROUPS) * SLICES; t < end; t += WARPS) {
-      const Place p = place(first, t);
+      const Place p = Cuts::place(first, t);
       float sum[ROWS * TILE_ROWS] = {};
       const int s = p.segment;  // one copy of the code for each type, not for each matrix
       if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_type<TYPE0>(sum, ring, x, p.slice);
@@ -167,7 +136,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
     const int all = units * UNIT_ROWS * rows;
     for (int i = threadIdx.x; i < (all + 31) / 32 * 32; i += WARPS * 32) {
       if (i != threadIdx.x || unit != first) {
-        mine = output(unit, units, rows, i);
+        mine = Cuts::output(unit, units, rows, i);
         ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
         a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
         bias = bias_of(a, mine);
