@@ -153,6 +153,32 @@ class Attend(Structure):
     ]
 
 
+class TokenLayer(Structure):
+    """kernels/token.cu, as is the next"""
+
+    _fields_ = [
+        ("weights", c_void_p * 7),
+        ("bias", c_void_p * 7),
+        ("gains", c_void_p * 2),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("types", c_int * 7),
+        ("unused", c_int),
+    ]
+
+
+class Token(Structure):
+    _fields_ = [
+        ("layers", c_void_p),
+        ("units", c_void_p),
+        ("x", Rows),
+        ("hidden", Rows),
+        ("attention", Attend),
+        ("turns", c_void_p),
+        ("barrier", c_void_p),
+    ]
+
+
 class PromptAttend(Structure):
     _fields_ = [("q", c_void_p), ("cache", Cache), ("out", Rows), ("n_rows", c_int)]
 

@@ -67,6 +67,8 @@ class Executor:
     activations, where one read of the weights serves all rows; None: none do. ``prompt_rows``: up
     to so many rows of prompts run together through kernels made for them, likewise on tensor
     cores; 0: like any rows. Both need sm_80.
+    ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
+    step of one row are one launch, from sm_90 on.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
@@ -82,6 +84,7 @@ class Executor:
         float_activations: bool = False,
         tensor_rows: int | None = None,
         prompt_rows: int = 0,
+        one_kernel: bool = False,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -98,7 +101,7 @@ class Executor:
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
             floats=float_activations, tensor_rows=tensor_rows, prompt_rows=prompt_rows,
-            tuning=tuning or Tuning(),
+            one_kernel=one_kernel, tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0
@@ -126,7 +129,7 @@ class Executor:
         self.cache = Cache(
             self.device, self.lowering.cache_shapes, self.lowering.most_rows, n_pages
         )
-        self.lowering.inputs, self.lowering.caches = self.cache.inputs, self.cache.layers
+        self.lowering.use_cache(self.cache.inputs, self.cache.layers)
 
     def drop_cache(self) -> None:
         self.ticket += 1
@@ -134,7 +137,8 @@ class Executor:
         if self.cache is not None:
             self.device.synchronise()
             self.cache.close()
-        self.cache, self.lowering.inputs, self.lowering.caches = None, None, {}
+        self.cache = None
+        self.lowering.use_cache(None, {})
 
     def require_cache(self) -> Cache:
         if self.cache is None:

@@ -10,7 +10,8 @@ import numpy as np
 from headrace.cuda import arguments as c
 from headrace.cuda import launchers, products
 from headrace.cuda.device import DeviceArray, Launch
-from headrace.cuda.lowering import ACTIVATIONS, Lowering
+from headrace.cuda.launchers import ACTIVATIONS
+from headrace.cuda.lowering import Lowering
 from headrace.cuda.products import PLAIN, Activations, Matrix
 from headrace.errors import DeviceError
 from headrace.model.operations import Activation

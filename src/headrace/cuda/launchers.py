@@ -40,7 +40,11 @@ from headrace.cuda.layout import (
 )
 from headrace.cuda.products import GROUP, Matrix, brain, require
 from headrace.errors import DeviceError
+from headrace.model.operations import Activation
 from headrace.sampling import MAX_LOGPROBS
+
+ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
+"""kernels/epilogue_names.cuh"""
 
 PAGE_SIZE = 64
 SPLIT = 128
@@ -126,14 +130,7 @@ def attend(
 ) -> Launch:  # fmt: skip
     """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
     most = max_splits(device, shape.n_heads, shape.n_kv_heads)
-    constants = shape.macros | {
-        "HEADS": shape.n_heads,
-        "SCALE": float(scale),
-        "WINDOW": window or 0,
-        "SOFTCAP": float(softcap or 0.0),
-        "SPLIT": SPLIT,
-        "MAX_SPLITS": most,
-        "ATTEND_WARPS": ATTEND_WARPS,
+    constants = attend_constants(device, shape, scale=scale, window=window, softcap=softcap) | {
         "PREFETCH": ATTEND_PREFETCH,
         **brain(arguments.out),
     }
@@ -145,6 +142,21 @@ def attend(
     return Launch(
         Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
     )
+
+
+def attend_constants(
+    device: Device, shape: CacheShape, *, scale: float, window: int | None, softcap: float | None
+) -> dict[str, object]:
+    """Macros of kernels/attend.cuh."""
+    return shape.macros | {
+        "HEADS": shape.n_heads,
+        "SCALE": float(scale),
+        "WINDOW": window or 0,
+        "SOFTCAP": float(softcap or 0.0),
+        "SPLIT": SPLIT,
+        "MAX_SPLITS": max_splits(device, shape.n_heads, shape.n_kv_heads),
+        "ATTEND_WARPS": ATTEND_WARPS,
+    }
 
 
 def attend_bytes(shape: CacheShape, splits: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from ctypes import c_int, c_void_p, sizeof
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,11 +23,12 @@ from headrace.cuda.products import (
     brain_shape,
     padded,
 )
+from headrace.cuda.token import Operations as TokenOperations
+from headrace.cuda.token import token, token_shape
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
-    Activation,
     Attend,
     Embed,
     FeedForwardIn,
@@ -39,8 +41,6 @@ from headrace.model.operations import (
     ProjectQKV,
     Rope,
 )
-
-ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ class Step:
 class Lowering:
     """Plans the activation arena for ``max_rows`` (``prompt_rows`` of a prompt), and turns a
     :class:`Step` into launches. Steps of prompts, and of ``tensor_rows`` rows or more, run on
-    tensor cores."""
+    tensor cores. ``one_kernel``: all layers of other steps of one row are one launch, if it can be
+    (:func:`token.token_shape`)."""
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, prompt_rows: int, tuning: Tuning,
+        floats: bool, tensor_rows: int | None, prompt_rows: int, one_kernel: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
@@ -90,6 +91,7 @@ class Lowering:
         self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
         self.cache_shapes = cache_shapes(decoder)
         self._rotations: dict[Rope, str] = {}
+        self.token = token_shape(decoder, device) if one_kernel and not floats else None
         self._reserve()
 
     # What is planned
@@ -137,6 +139,12 @@ class Lowering:
                 self.arena.reserve(self._rotations[rope], (most, rope.dim), np.float32)
             self.arena.reserve("split sums", (max(floats for floats, _ in rooms),), np.float32)
             self.arena.reserve("split arrivals", (max(n for _, n in rooms),), np.uint32)
+
+        if self.token is not None:
+            layers = (len(self.token.layers), sizeof(c.TokenLayer))
+            self.arena.reserve("token layers", layers, np.uint8)
+            self.arena.reserve("token units", self.token.units.shape, np.int32)
+            self.arena.reserve("token barrier", (2,), np.uint32)
 
     def _reads_floats(self, *linears: Linear) -> bool:
         return self.floats or any(
@@ -190,11 +198,33 @@ class Lowering:
         for name in self._widths:  # columns that pad a tile are read, and never written
             if brain := self.arena.get(f"{name} brain"):
                 self.device.clear(brain.address, brain.n_bytes)
+        if self.token is not None:
+            self.device.upload(self.arena["token units"].address, self.token.units)
         self.clear()
+
+    def use_cache(self, inputs: Inputs | None, caches: Mapping[int, LayerCache]) -> None:
+        """Steps read and write these from now on."""
+        self.inputs, self.caches = inputs, caches
+        if self.token is not None and inputs is not None:
+            table = (c.TokenLayer * len(self.token.layers))(
+                *map(self._token_layer, self.token.layers)
+            )
+            self.device.upload(self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8))
+
+    def _token_layer(self, layer: TokenOperations) -> c.TokenLayer:
+        qkv, _, out, up, down = layer
+        linear, cache = self.weights.linear, self.caches[qkv.layer]
+        matrices = [*self.qkv(qkv), *(linear(one) for one in (out.out, up.gate, up.up, down.down))]
+        return c.TokenLayer(
+            (c_void_p * 7)(*(m.address for m in matrices)),
+            (c_void_p * 7)(*(m.bias for m in matrices)),
+            (c_void_p * 2)(self._gain(out), self._gain(down)),
+            cache.keys, cache.values, (c_int * 7)(*(m.layout.qtype for m in matrices)), 0,
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
-        for name in ("attention arrivals", "split arrivals"):
+        for name in ("attention arrivals", "split arrivals", "token barrier"):
             if arrivals := self.arena.get(name):
                 self.device.clear(arrivals.address, arrivals.n_bytes)
 
@@ -206,7 +236,27 @@ class Lowering:
     # What runs
 
     def launches(self, step: Step) -> list[Launch]:
-        return [launch for op in self.decoder.operations for launch in self.lower(op, step)]
+        return [launch for _, launches in self.parts(step) for launch in launches]
+
+    def parts(self, step: Step) -> Iterator[tuple[list[Operation], list[Launch]]]:
+        """The launches of a step, in order, each with the operations that they are."""
+        operations = list(self.decoder.operations)
+        if self.token is not None and step.n_rows == 1 and not self.brain(step):
+            body = operations[1:-1]
+            yield operations[:1], list(self.lower(operations[0], step))
+            yield body, [token(self.token, self._token(self.token.layers[0], step))]
+            operations = operations[-1:]
+        for op in operations:
+            yield [op], list(self.lower(op, step))
+
+    def _token(self, layer: TokenOperations, step: Step) -> c.Token:
+        qkv, attend = layer[:2]
+        return c.Token(
+            self.arena["token layers"].address, self.arena["token units"].address,
+            self.activations("x", step).at(0), self.activations("hidden", step).at(0),
+            self._attention(attend, self.activations("attention", step)),
+            self.weights.turns(qkv.rope), self.arena["token barrier"].address,
+        )  # fmt: skip
 
     def lower(self, operation: Operation, step: Step) -> Iterator[Launch]:
         match operation:
@@ -296,21 +346,24 @@ class Lowering:
 
     def attend(self, op: Attend, step: Step, values: DeviceArray | None = None) -> Launch:
         """``values``: where to leave the result in float32, too."""
-        q, out = self.arena["q"].address, self.activations("attention", step)
-        shape, cache = self.cache_shapes[op.layer], self._cache(op.layer)
+        shape, out = self.cache_shapes[op.layer], self.activations("attention", step)
         if step.prompt:
+            q, cache = self.arena["q"].address, self._cache(op.layer)
             return launchers.prompt_attend(
                 self.device, shape, c.PromptAttend(q, cache, out.at(0), step.n_rows),
                 scale=op.scale, window=op.window, softcap=op.softcap,
             )  # fmt: skip
         if values is not None:
             out = replace(out, values=values)
-        names = ("attention splits", "attention maxima", "attention arrivals")
-        work = [self.arena[name].address for name in names]
         return launchers.attend(
-            self.device, shape, c.Attend(q, cache, out.at(0), *work), step.n_rows, step.longest,
+            self.device, shape, self._attention(op, out), step.n_rows, step.longest,
             scale=op.scale, window=op.window, softcap=op.softcap,
         )  # fmt: skip
+
+    def _attention(self, op: Attend, out: Activations) -> c.Attend:
+        names = ("attention splits", "attention maxima", "attention arrivals")
+        work = [self.arena[name].address for name in names]
+        return c.Attend(self.arena["q"].address, self._cache(op.layer), out.at(0), *work)
 
     def _residual(
         self, op: Operation, source: str, linear: Linear, post_norm: Norm | None, step: Step
@@ -332,7 +385,7 @@ class Lowering:
         yield self._product(
             [w.linear(op.gate), w.linear(op.up)], "x",
             c.Product(self.activations("hidden", step).at(0)), step, norm=op.norm,
-            macros={"ACTIVATION": ACTIVATIONS[op.activation]},
+            macros={"ACTIVATION": launchers.ACTIVATIONS[op.activation]},
         )  # fmt: skip
 
     def _head(self, op: Head, step: Step) -> Iterator[Launch]:

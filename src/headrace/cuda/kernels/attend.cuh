@@ -17,6 +17,9 @@
 #include "kv_cache.cuh"
 
 constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
+#ifndef KEYS_AHEAD
+#define KEYS_AHEAD (CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
+#endif
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
@@ -105,14 +108,14 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
 
   // Positions base … base + 31, in `page`, of which [low, high) count.
   DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+    const int lane = lane_now(), row = lane >> 2, quad = lane & 3;
     float score[4][4] = {};
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
       // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
       // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
       const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
-#pragma unroll(CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
+#pragma unroll(KEYS_AHEAD)
       for (int j = 0; j < CACHE_DIM / 32; ++j) {
         const uint4 k = load_fresh(key + 4 * j + quad);
         mma_f16(score[tile], q[2 * j * 32 + lane], k.x, k.y);

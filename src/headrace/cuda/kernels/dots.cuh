@@ -12,10 +12,10 @@ struct X {
 
 // sum[t × 4 + r] = this lane's share of tile row r against row t of x, whose rows have so many columns; wait() returns the
 // tile when it is there.
-template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait> DEVICE void dot_tile(float (&sum)[N_ROWS * TILE_ROWS], Wait&& wait, const X& x, int slice) {
+template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait> DEVICE void dot_tile(float (&sum)[N_ROWS * TILE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
   if constexpr (TYPE != NONE) {
     using B = Block<TYPE>;
-    const int lane = threadIdx.x & 31, blocks = Tiles<TYPE, COLUMNS>::blocks(slice);
+    const int blocks = Tiles<TYPE, COLUMNS>::blocks(slice);
     const bool active = B::block(lane) < blocks;
     const int a = slice * (TILE_COLUMNS / GROUP) + B::group_a(lane), b = slice * (TILE_COLUMNS / GROUP) + B::group_b(lane);
     if constexpr (FLOATS) {

@@ -37,6 +37,7 @@ template <class T> DEVICE T shuffle(T v, int lane) {
   return v;
 }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return shuffle(v, (int)(threadIdx.x & 31) ^ mask); }
+DEVICE int lane_now() { return threadIdx.x & 31; }
 DEVICE bool any_lane(bool p) {
   int any = p;
   for (int step = 16; step; step >>= 1) any |= shuffle_xor(any, step);

@@ -55,7 +55,7 @@ DEVICE int first_unit(u32 b) {
 }
 
 template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
-  if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice);
+  if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, threadIdx.x & 31);
 }
 
 struct MatvecArgs {

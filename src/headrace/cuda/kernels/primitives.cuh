@@ -28,6 +28,8 @@ DEVICE void sync_threads(int id, u32 threads) { asm volatile("bar.sync %0, %1;" 
 DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(FULL_WARP, v, mask); }
 template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WARP, v, lane); }
+// What follows from it is worked out where it is used, not carried through a kernel's loops in registers.
+DEVICE int lane_now() { int lane; asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); return lane; }
 DEVICE bool any_lane(bool p) { return __any_sync(FULL_WARP, p); }
 DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 
