@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from headrace.cuda.device import Device, DeviceArray, array
 from headrace.cuda.launchers import reorder
 from headrace.cuda.layout import TileLayout
 from headrace.cuda.products import GROUP, Activations, Matrix, brain_shape, padded
-from headrace.gguf.quants import dequantize
+from headrace.gguf.quants import BLOCK_DTYPES, dequantize
 from headrace.gguf.random_blocks import random_weights
 from headrace.gguf.types import QuantType
 
@@ -149,9 +149,13 @@ def read_quantised(device: Device, a: Activations) -> np.ndarray:
 def random_matrix(
     device: Device, rng: np.random.Generator, qtype: QuantType, n: int, k: int, *,
     head_dim: int = 0, rope_dim: int = 0, bias: bool = False,
+    change: Callable[[np.ndarray], None] = lambda blocks: None,
 ) -> tuple[Matrix, np.ndarray, np.ndarray]:  # fmt: skip
-    """A random matrix in tiles on the device, its float64 values [n, k], and its bias [n]."""
+    """A random matrix in tiles on the device, its float64 values [n, k], and its bias [n].
+    ``change``: what to do to the fields of its blocks [n, blocks a row] first."""
     data = np.concatenate(list(random_weights(rng, qtype, n * k, 1 / np.sqrt(k)))).reshape(n, -1)
+    if qtype in BLOCK_DTYPES:
+        change(data.view(BLOCK_DTYPES[qtype]))
     layout = TileLayout(qtype, n, k)
     source, target = put(device, data), device.allocate(layout.n_bytes, "test")
     device.launch(

@@ -110,6 +110,24 @@ def _gemm(out: type[Structure]) -> type[Structure]:
 _GEMM = {out: _gemm(out) for out in EPILOGUES}
 
 
+def skinny_arguments(epilogue: Epilogue) -> type[Structure]:
+    return _SKINNY[type(epilogue)]
+
+
+def _skinny(out: type[Structure]) -> type[Structure]:
+    fields = [
+        ("weights", c_void_p * 3),
+        ("bias", c_void_p * 3),
+        ("x", Rows),
+        ("out", out),
+        ("n_rows", c_int),
+    ]
+    return type(f"Skinny{out.__name__}", (Structure,), {"_fields_": fields})
+
+
+_SKINNY = {out: _skinny(out) for out in EPILOGUES}
+
+
 class Embed(Structure):
     _fields_ = [("weights", c_void_p), ("tokens", c_void_p), ("x", Rows), ("gain", c_void_p)]
 

@@ -4,8 +4,9 @@
 // in the matching order (Row::brain_at).
 //
 // Weights<TYPE>::Raw is what a lane holds of its row, as it lies in memory: load() only loads, one or two steps
-// ahead, and unpack() makes bfloat16 of it, rounded once. Both go through the steps 0 … 3 of a block of 256 in order;
-// what unpack() may still need of one block when load() begins with the next comes by way of `coming`.
+// ahead. Both it and what follows go through the steps 0 … 3 of a block of 256 in order: begin() first, which keeps
+// what is needed of one block when load() begins with the next; then for each step bytes(), the lane's sixteen (as
+// int8 if SIGNED), and weigh(), scale and offset. unpack_brain() makes bfloat16 of them, rounded once.
 #pragma once
 #include "blocks.cuh"
 
@@ -65,6 +66,7 @@ template <int TYPE> struct Weights;
 // of zero.
 template <int TYPE> struct Eighths : Block<TYPE> {
   using B = Block<TYPE>;
+  static constexpr bool SIGNED = false;
   static DEVICE int index(const At& at, int step) { return 8 * at.block + 2 * at.q + step / 2; }
   static DEVICE bool exists(const At& at, int step) { return index(at, step) < at.blocks; }
   template <int P> static DEVICE const u8* field(const At& at, int step) {
@@ -90,19 +92,26 @@ DEVICE uint4 fifth_bits(u32 bits) {
 template <int TYPE> struct Nibbles : Eighths<TYPE> {
   using E = Eighths<TYPE>;
   static constexpr bool FIVE = TYPE == Q5_0 || TYPE == Q5_1, MINIMUM = TYPE == Q4_1 || TYPE == Q5_1;
-  struct Raw { struct { uint4 q; u32 fifth, scale; } block[2]; };
+  struct Raw { struct { uint4 q; u32 fifth; } block[2]; uint2 scales, coming; };
+  static DEVICE u32 scale(const At& at, int step) {
+    return MINIMUM ? E::template word<1 + FIVE>(at, step) : E::template half_word<1 + FIVE>(at, step);
+  }
   static DEVICE void load(Raw& raw, const At& at, int step) {
     if (step % 2) return;
     auto& r = raw.block[step / 2];
     r.q = load128(E::template field<0>(at, step));
     r.fifth = FIVE ? load32(E::template field<1>(at, step)) : 0;
-    r.scale = MINIMUM ? E::template word<1 + FIVE>(at, step) : E::template half_word<1 + FIVE>(at, step);
+    if (step == 0) raw.coming = make_uint2(scale(at, 0), scale(at, 2));
   }
-  static DEVICE void unpack(Operand& o, Raw& raw, int, int step) {
+  static DEVICE void begin(Raw& raw, int) { raw.scales = raw.coming; }
+  static DEVICE uint4 bytes(const Raw& raw, int, int step) {
     const auto& r = raw.block[step / 2];
     const uint4 low = r.q >> (4 * (step % 2)) & NIBBLES;
-    const float2 w = MINIMUM ? scale_and_min(r.scale) : centred(r.scale, FIVE ? 16.f : 8.f);
-    to_brain16(o, FIVE ? low | fifth_bits(r.fifth >> (16 * (step % 2))) : low, w);
+    return FIVE ? low | fifth_bits(r.fifth >> (16 * (step % 2))) : low;
+  }
+  static DEVICE float2 weigh(const Raw& raw, int, int step) {
+    const u32 scale = step < 2 ? raw.scales.x : raw.scales.y;
+    return MINIMUM ? scale_and_min(scale) : centred(scale, FIVE ? 16.f : 8.f);
   }
 };
 template <> struct Weights<Q4_0> : Nibbles<Q4_0> {};
@@ -110,17 +119,21 @@ template <> struct Weights<Q4_1> : Nibbles<Q4_1> {};
 template <> struct Weights<Q5_0> : Nibbles<Q5_0> {};
 template <> struct Weights<Q5_1> : Nibbles<Q5_1> {};
 template <> struct Weights<Q8_0> : Eighths<Q8_0> {
-  struct Raw { uint4 q[2]; u32 d[2]; };
+  static constexpr bool SIGNED = true;
+  struct Raw { uint4 q[2]; uint2 scales, coming; };
   static DEVICE void load(Raw& r, const At& at, int step) {
     r.q[step % 2] = load128(plane(at, step, step % 2));
-    if (step % 2 == 0) r.d[step / 2] = half_word<2>(at, step);
+    if (step == 0) r.coming = make_uint2(half_word<2>(at, 0), half_word<2>(at, 2));
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int, int step) { to_brain16<true>(o, r.q[step % 2], centred(r.d[step / 2], 0.f)); }
+  static DEVICE void begin(Raw& r, int) { r.scales = r.coming; }
+  static DEVICE uint4 bytes(const Raw& r, int, int step) { return r.q[step % 2]; }
+  static DEVICE float2 weigh(const Raw& r, int, int step) { return centred(step < 2 ? r.scales.x : r.scales.y, 0.f); }
 };
 
 // Blocks of 256 values: a lane has 64, of quarter q.
 template <int TYPE> struct Wholes : Block<TYPE> {
   using B = Block<TYPE>;
+  static constexpr bool SIGNED = false;
   template <int P> static DEVICE const u8* field(const At& at) {
     return at.tile + B::template offset<P>(at.blocks) + (at.row * at.blocks + at.block) * B::template size<P>();
   }
@@ -132,11 +145,12 @@ template <> struct Weights<Q2_K> : Wholes<Q2_K> {
     if (step < 2) r.q[step] = load128(field<1>(at) + 32 * (at.q >> 1) + 16 * step);
     if (step == 0) r.coming = {load32(field<0>(at) + 4 * at.q), load32(field<2>(at))};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
-    if (step == 0) r.all = r.coming;
+  static DEVICE void begin(Raw& r, int) { r.all = r.coming; }
+  static DEVICE uint4 bytes(const Raw& r, int q, int step) { return r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS; }
+  static DEVICE float2 weigh(const Raw& r, int, int step) {
     const float2 dm = scale_and_min(r.all.dm);
     const u32 s = r.all.scales >> (8 * step);
-    to_brain16(o, r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS, make_float2(dm.x * (float)(s & 15), -dm.y * (float)(s >> 4 & 15)));
+    return make_float2(dm.x * (float)(s & 15), -dm.y * (float)(s >> 4 & 15));
   }
 };
 template <> struct Weights<Q3_K> : Wholes<Q3_K> {
@@ -146,13 +160,15 @@ template <> struct Weights<Q3_K> : Wholes<Q3_K> {
     if (step < 2) r.q[step] = load128(field<1>(at) + 32 * (at.q >> 1) + 16 * step), r.high[step] = load128(field<0>(at) + 16 * step);
     if (step == 0) r.coming = {load32(field<2>(at) + 4 * (at.q & 1)), load32(field<2>(at) + 8), *(const u16*)field<3>(at)};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
-    if (step == 0) r.all = r.coming;
+  static DEVICE void begin(Raw& r, int) { r.all = r.coming; }
+  static DEVICE uint4 bytes(const Raw& r, int q, int step) {
+    return (r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS) | (r.high[step % 2] >> (2 * q + step / 2) & ONES) << 2;
+  }
+  static DEVICE float2 weigh(const Raw& r, int q, int step) {
     // Scale 4q + step: low four bits in a nibble of byte (4q + step) % 8, high two in byte 8 + step.
     const u32 low = r.all.low_scales >> (8 * step + 4 * (q >> 1)) & 15, high = r.all.high_scales >> (8 * step + 2 * q) & 3;
     const float s = half_to_float((u16)r.all.d) * (float)((int)(low | high << 4) - 32);
-    const uint4 bits = (r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS) | (r.high[step % 2] >> (2 * q + step / 2) & ONES) << 2;
-    to_brain16(o, bits, make_float2(s, -4.f * s));
+    return make_float2(s, -4.f * s);
   }
 };
 template <int TYPE> struct SixBits : Wholes<TYPE> {
@@ -164,16 +180,16 @@ template <int TYPE> struct SixBits : Wholes<TYPE> {
     if (step < 2) r.q[step] = load128(W::template field<1 + FIVE>(at) + 32 * at.q + 16 * step);
     if (FIVE && step < 2) r.fifth[step] = load128(W::template field<1>(at) + 16 * step);
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
-    if (step == 0) {
-      Share s;
-      six_bit_scales(s, r.header, q);
-      r.a = s.wa, r.b = s.wb;
-    }
-    uint4 bits = r.q[step % 2] >> (4 * (step / 2)) & NIBBLES;
-    if (FIVE) bits = bits | (r.fifth[step % 2] >> (2 * q + step / 2) & ONES) << 4;
-    to_brain16(o, bits, step < 2 ? r.a : r.b);
+  static DEVICE void begin(Raw& r, int q) {
+    Share s;
+    six_bit_scales(s, r.header, q);
+    r.a = s.wa, r.b = s.wb;
   }
+  static DEVICE uint4 bytes(const Raw& r, int q, int step) {
+    const uint4 bits = r.q[step % 2] >> (4 * (step / 2)) & NIBBLES;
+    return FIVE ? bits | (r.fifth[step % 2] >> (2 * q + step / 2) & ONES) << 4 : bits;
+  }
+  static DEVICE float2 weigh(const Raw& r, int, int step) { return step < 2 ? r.a : r.b; }
 };
 template <> struct Weights<Q4_K> : SixBits<Q4_K> {};
 template <> struct Weights<Q5_K> : SixBits<Q5_K> {};
@@ -186,11 +202,14 @@ template <> struct Weights<Q6_K> : Wholes<Q6_K> {
     r.high[step % 2] = load128(field<1>(at) + 32 * half + 16 * (step % 2));
     if (step == 0) r.coming = {load32(field<2>(at) + 4 * at.q), *(const u16*)field<3>(at)};
   }
-  static DEVICE void unpack(Operand& o, Raw& r, int q, int step) {
-    if (step == 0) r.all = r.coming;
-    const float s = half_to_float((u16)r.all.d) * (float)(signed char)(r.all.scales >> (8 * step));
+  static DEVICE void begin(Raw& r, int) { r.all = r.coming; }
+  static DEVICE uint4 bytes(const Raw& r, int q, int step) {
     const uint4 high = r.high[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS;
-    to_brain16(o, (r.low[step % 2] >> (4 * (q & 1)) & NIBBLES) | high << 4, make_float2(s, -32.f * s));
+    return (r.low[step % 2] >> (4 * (q & 1)) & NIBBLES) | high << 4;
+  }
+  static DEVICE float2 weigh(const Raw& r, int, int step) {
+    const float s = half_to_float((u16)r.all.d) * (float)(signed char)(r.all.scales >> (8 * step));
+    return make_float2(s, -32.f * s);
   }
 };
 
@@ -234,3 +253,13 @@ template <> struct Weights<F32> : Eighths<F32> {
     }
   }
 };
+
+template <int TYPE> DEVICE void unpack_brain(Operand& o, typename Weights<TYPE>::Raw& raw, int q, int step) {
+  using W = Weights<TYPE>;
+  if constexpr (is_float_type(TYPE)) {
+    W::unpack(o, raw, q, step);
+  } else {
+    if (step == 0) W::begin(raw, q);
+    to_brain16<W::SIGNED>(o, W::bytes(raw, q, step), W::weigh(raw, q, step));
+  }
+}

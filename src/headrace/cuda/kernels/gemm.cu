@@ -168,8 +168,8 @@ template <int UPPER, int LOWER> DEVICE void accumulate(Sums& sums, const Halves<
   };
   struct Pair { Operand upper, lower; } even, odd;
   auto unpack = [&](Pair& p, int quarter) {
-    WU::unpack(p.upper, raw_upper, quad, quarter);
-    WL::unpack(p.lower, raw_lower, quad, quarter);
+    unpack_brain<UPPER>(p.upper, raw_upper, quad, quarter);
+    unpack_brain<LOWER>(p.lower, raw_lower, quad, quarter);
   };
   auto advance = [&] {  // what is loaded last is loaded again: cheaper than a branch
     if (left-- <= 0) return;

@@ -61,6 +61,16 @@ DEVICE void sincos_turns(float turns, float* s, float* c) {
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float divide_fast(float x, float y) { return x / y; }
 DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
+  auto one = [&](int shift) {
+    auto half = [&](u32 word) { return (double)half_to_float((u16)(word >> shift)); };
+    const _Float16 sum = (_Float16)(half(a) * half(b) + half(c));  // exact in double, so rounded once
+    u16 bits;
+    memcpy(&bits, &sum, 2);
+    return (u32)bits << shift;
+  };
+  return one(0) | one(16);
+}
 template <class T> DEVICE T load_fresh(const T* p) { return *p; }
 DEVICE void prefetch_l2(const void* p, u32 bytes) {  // AddressSanitizer sees it
   (void)*(const volatile u8*)p, (void)((const volatile u8*)p)[bytes - 1];
@@ -101,6 +111,10 @@ DEVICE u32 pack_brain2(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+DEVICE u32 brain2_max(u32 a, u32 b) {
+  return pack_brain2(fmaxf(brain_at(a, 0), brain_at(b, 0)), fmaxf(brain_at(a, 1), brain_at(b, 1)));
+}
+DEVICE u32 brain2_mul(u32 a, u32 b) { return pack_brain2(brain_at(a, 0) * brain_at(b, 0), brain_at(a, 1) * brain_at(b, 1)); }
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 selector) {
   u32 out = 0;
   for (int i = 0; i < 4; ++i) {

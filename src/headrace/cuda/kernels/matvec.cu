@@ -38,22 +38,6 @@ constexpr int X_BYTES = X_BYTES_OF<K, ROWS, FLOAT_ACTIVATIONS>;
 constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
 constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
 
-// The first unit of block b, so that blocks read equally many bytes.
-DEVICE int first_unit(u32 b) {
-  constexpr u64 unit = UNIT_ROWS / TILE_ROWS;
-  constexpr int units0 = S0::ROWS_PADDED / UNIT_ROWS, units1 = S1::ROWS_PADDED / UNIT_ROWS, units2 = S2::ROWS_PADDED / UNIT_ROWS;
-  if constexpr (PAIRED || TYPE1 == NONE) return (int)(((u64)units0 * b + GRID - 1) / GRID);
-  else {
-    constexpr u64 cost0 = units0 * unit * S0::GROUP_BYTES, cost1 = units1 * unit * S1::GROUP_BYTES;
-    u64 target = (cost0 + cost1 + units2 * unit * S2::GROUP_BYTES) * b / GRID;
-    auto units = [](u64 bytes, u64 each) { return (int)((bytes + each - 1) / each); };
-    if (target <= cost0) return units(target, unit * S0::GROUP_BYTES);
-    target -= cost0;
-    if (TYPE2 == NONE || target <= cost1) return units0 + units(target, unit * S1::GROUP_BYTES);
-    return units0 + units1 + units(target - cost1, unit * larger(S2::GROUP_BYTES, 1));
-  }
-}
-
 template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
   if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, threadIdx.x & 31);
 }

@@ -41,7 +41,21 @@ DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turn
 
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }  // y below 2^126
+#if ARCH >= 80
+DEVICE u32 pack_halves(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+#else
 DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+#endif
+// a × b + c of each of two f16, rounded once; subnormal numbers count.
+DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 // Loads that skip L1: for what another block or kernel wrote.
 template <class T> DEVICE T load_fresh(const T* p) { return __ldcg(p); }
@@ -108,6 +122,13 @@ DEVICE void mma_brain(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 DEVICE u32 pack_brain2(float low, float high) {
   u32 d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+// Of each of two bfloat16: the greater, and the product.
+DEVICE u32 brain2_max(u32 a, u32 b) { u32 d; asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 brain2_mul(u32 a, u32 b) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
   return d;
 }
 #endif
