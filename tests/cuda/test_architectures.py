@@ -14,6 +14,7 @@ import pytest
 from headrace.cuda import arguments as c
 from headrace.cuda import gemm as gemms
 from headrace.cuda import launchers, products
+from headrace.cuda import skinny as skinnies
 from headrace.cuda.compile import Resources, Specialisation, resources
 from headrace.cuda.device import Launch, array
 from headrace.cuda.launchers import CacheShape
@@ -98,6 +99,30 @@ def prompts(device: PaperDevice) -> list[Launch]:
     return made
 
 
+def few(device: PaperDevice) -> list[Launch]:
+    if device.arch < 80:
+        return []
+
+    def skinny(matrices, epilogue, rows, **how) -> Launch:
+        x = rows_of(matrices[0].layout.k, rows)
+        return skinnies.skinny(device, matrices, x, epilogue, rows, **how)
+
+    llama, made = CacheShape(32, 8, 128, 128), []
+    if device.target in ("80", "90a"):
+        quantised = sorted(set(Q) - FLOAT_TYPES)
+        made.extend(
+            skinny([matrix(t, 1000, 2304)], c.Store(), 16, macros=LOGITS) for t in quantised
+        )
+    qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
+    pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
+    for rows in (8, 16):
+        made.append(skinny(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
+        made.append(skinny([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), rows))
+        how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
+        made.append(skinny(pair, c.Product(), rows, **how))
+    return made
+
+
 SHAPES = (
     (CacheShape(32, 8, 128), None, None),
     (CacheShape(32, 8, 64), None, None),
@@ -130,7 +155,7 @@ def others(device: PaperDevice) -> list[Launch]:
 @pytest.mark.parametrize("target", list(SHARED_KB))
 def test_compiles_without_spills(target: str) -> None:
     device = PaperDevice(target)
-    launches = matvecs(device) + prompts(device) + others(device)
+    launches = matvecs(device) + few(device) + prompts(device) + others(device)
     specs = list(dict.fromkeys(launch.spec for launch in launches))
     assert {spec.name for spec in specs} >= {
         "matvec",

@@ -110,6 +110,40 @@ def test_tensor_cores(device: Device, synthetic, shape: str) -> None:
     runner.close()
 
 
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [("llama-tiny", "Q4_K_M"), ("qwen3-tiny", "Q3_K_M"), ("gemma3-tiny", "Q4_0")],
+)
+def test_few_rows(device: Device, synthetic, shape: str, recipe: str) -> None:
+    """Closer than int8 activations; two to sixteen rows of a step are the same, and one is not."""
+    decoder, tokens = synthetic(shape, recipe), (TOKENS * 2)[:17]
+    wanted = logits_of(ReferenceRunner(decoder), tokens, (17,))
+    runner = CUDARunner(decoder, device, max_rows=16, few_rows=16)
+    got = logits_of(runner, tokens, (16, 1))
+    assert {one.kernel for one in runner.executor.ran} >= {"matvec", "attend"}
+    assert relative(got[:16], wanted[:16]) < 0.02
+    assert 0 < relative(got[16:], wanted[16:]) < 0.04
+    np.testing.assert_array_equal(logits_of(runner, tokens, (5, 2, 9)), got[:16])
+    assert "matvec" not in {one.kernel for one in runner.executor.ran}
+    # The vocabulary for some of the rows.
+    few = runner.step(batches.one_sequence(tokens[:9], 0, [2, 4, 5]))
+    np.testing.assert_array_equal(few, got[[2, 4, 5]])
+    assert [one.kernel for one in runner.executor.ran].count("skinny") >= 2
+    runner.close()
+
+
+def test_few_rows_of_a_model_with_unquantised_matrices_go_the_way_of_one(
+    device: Device, synthetic
+) -> None:
+    runner = CUDARunner(synthetic("llama-tiny", "F16"), device, max_rows=4, few_rows=4)
+    assert runner.executor.lowering.few_rows == 0
+    logits_of(runner, TOKENS[:4], (4,))
+    assert "skinny" not in {one.kernel for one in runner.executor.ran}
+    runner.close()
+    with pytest.raises(DeviceError, match="few_rows 17: 0 to 16 expected"):
+        CUDARunner(synthetic("llama-tiny", "F16"), device, few_rows=17)
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_a_sequence_is_the_same_beside_any_number_if_asked_for(
     device: Device, synthetic, batch_invariant: bool

@@ -30,7 +30,7 @@ from headrace.gguf.types import QuantType
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
 QUANTISED = sorted(set(QuantType) - FLOAT_TYPES)
 ROUNDED = 1.5e-3
-"""Relative, of any row: what a half rounds to 2.4e-4 is, with a minimum, several times the weight."""
+"""Relative, of any row: a half is exact to 2.4e-4, and a minimum several times the weight."""
 
 
 def rows_of(rng: np.random.Generator, rows: int, k: int, gain: np.ndarray | None = None):

@@ -25,6 +25,7 @@ from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.given import FLOAT, FeedForwardIndex, Given
 from headrace.cuda.lowering import Lowering, Step
 from headrace.cuda.products import Tuning
+from headrace.cuda.skinny import MOST_ROWS
 from headrace.cuda.stamps import Stamps, parts_of
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
@@ -64,9 +65,10 @@ class Executor:
     """``device``: the first GPU unless given. ``max_rows``: the most rows of one call.
     ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
     ones. ``tensor_rows``: steps of at least so many rows run on tensor cores, from bfloat16
-    activations, where one read of the weights serves all rows; None: none do. ``prompt_rows``: up
-    to so many rows of prompts run together through kernels made for them, likewise on tensor
-    cores; 0: like any rows. Both need sm_80.
+    activations, where one read of the weights serves all rows; None: none do. ``few_rows``: so do
+    steps of 2 to so many rows (16 at most), through a kernel made for them, if all matrices are
+    quantised. ``prompt_rows``: up to so many rows of prompts run together through kernels made for
+    them, likewise on tensor cores; 0: like any rows. All three need sm_80.
     ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
     step of one row are one launch, from sm_90 on.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
@@ -83,6 +85,7 @@ class Executor:
         max_rows: int = 64,
         float_activations: bool = False,
         tensor_rows: int | None = None,
+        few_rows: int = 0,
         prompt_rows: int = 0,
         one_kernel: bool = False,
         tuning: Tuning | None = None,
@@ -92,16 +95,18 @@ class Executor:
             from headrace.cuda.gpu import CUDADevice
 
             device = CUDADevice()
-        if (tensor_rows is not None or prompt_rows) and float_activations:
+        if (tensor_rows is not None or few_rows or prompt_rows) and float_activations:
             raise DeviceError("tensor cores take bfloat16 activations: not float_activations too")
         if prompt_rows < 0:
             raise DeviceError(f"prompt_rows {prompt_rows}: 0 or more expected")
+        if not 0 <= few_rows <= MOST_ROWS:
+            raise DeviceError(f"few_rows {few_rows}: 0 to {MOST_ROWS} expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
-            floats=float_activations, tensor_rows=tensor_rows, prompt_rows=prompt_rows,
-            one_kernel=one_kernel, tuning=tuning or Tuning(),
+            floats=float_activations, tensor_rows=tensor_rows, few_rows=few_rows,
+            prompt_rows=prompt_rows, one_kernel=one_kernel, tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0

@@ -1,6 +1,6 @@
 """One thin launcher for each kernel: its contract, checked, and its shape.
 
-Which kernel runs for what (``matvec`` is in ``products.py``, ``gemm`` in ``gemm.py``):
+Which kernel runs for what (``matvec`` is in ``products.py``, the other two in files of their own):
 
 ====================  ==========================================================================
 ``matvec``            every matrix; ROWS (1, 2, 4 or 8 rows of activations at once) from the step's
@@ -8,7 +8,9 @@ Which kernel runs for what (``matvec`` is in ``products.py``, ``gemm`` in ``gemm
                       or when a matrix is F32, F16 or BF16
 ``gemm``              every matrix instead, on tensor cores: in prompts (``Step.prompt``), and in
                       steps of ``tensor_rows`` rows or more
-``rotations``         the angles of a step's rows, for ``gemm``'s epilogue
+``skinny``            every matrix instead, on tensor cores: in steps of 2 to ``few_rows`` rows, if
+                      all matrices are quantised
+``rotations``         the angles of a step's rows, for ``gemm``'s and ``skinny``'s epilogue
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
 ``attend``            attention of rows

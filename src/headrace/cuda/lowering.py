@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from headrace.cuda import arguments as c
-from headrace.cuda import gemm, launchers, products
+from headrace.cuda import gemm, launchers, products, skinny
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray, Launch
 from headrace.cuda.layout import FLOAT_TYPES
@@ -73,17 +73,19 @@ class Step:
 
 class Lowering:
     """Plans the activation arena for ``max_rows`` (``prompt_rows`` of a prompt), and turns a
-    :class:`Step` into launches. Steps of prompts, and of ``tensor_rows`` rows or more, run on
-    tensor cores. ``one_kernel``: all layers of other steps of one row are one launch, if it can be
-    (:func:`token.token_shape`)."""
+    :class:`Step` into launches. Steps of prompts, of 2 to ``few_rows`` rows, and of
+    ``tensor_rows`` rows or more, run on tensor cores. ``one_kernel``: all layers of other steps of
+    one row are one launch, if it can be (:func:`token.token_shape`)."""
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, prompt_rows: int, one_kernel: bool, tuning: Tuning,
+        floats: bool, tensor_rows: int | None, few_rows: int, prompt_rows: int,
+        one_kernel: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
         self.tensor_rows, self.prompt_rows = tensor_rows, prompt_rows
+        self.few_rows = few_rows if skinny.takes(decoder) else 0
         self.most_rows = max(max_rows, prompt_rows)
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
@@ -169,12 +171,16 @@ class Lowering:
 
     @property
     def _has_brain(self) -> bool:
-        return self.tensor_rows is not None or self.prompt_rows > 0
+        return self.tensor_rows is not None or self.few_rows > 1 or self.prompt_rows > 0
+
+    def few(self, step: Step) -> bool:
+        """Is it one of few rows, but more than one?"""
+        return not step.prompt and 2 <= step.n_rows <= self.few_rows
 
     def brain(self, step: Step) -> bool:
         """Are its activations bfloat16?"""
         enough = self.tensor_rows is not None and step.n_rows >= self.tensor_rows
-        return enough or step.prompt
+        return enough or step.prompt or self.few(step)
 
     def _separate(self, op: ProjectQKV) -> bool:
         """Does a kernel of its own turn q and k? Else the projection does it."""
@@ -406,6 +412,10 @@ class Lowering:
         rows) where not all of them are wanted."""
         x, eps, device = self.activations(source, step), norm.eps if norm else None, self.device
         first, n = rows or (0, step.n_rows)
+        if self.few(step):
+            return skinny.skinny(
+                device, matrices, x, epilogue, n, first_row=first, norm_eps=eps, macros=macros
+            )
         if self.brain(step):
             few = not step.prompt or rows is not None
             sums, arrivals = self.arena["split sums"], self.arena["split arrivals"]

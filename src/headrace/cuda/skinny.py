@@ -9,6 +9,7 @@ from headrace.cuda import arguments as c
 from headrace.cuda.compile import Specialisation
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.layout import FLOAT_TYPES, PADDED_ROWS
+from headrace.cuda.model_shapes import products_of
 from headrace.cuda.products import (
     Activations,
     Matrix,
@@ -17,14 +18,22 @@ from headrace.cuda.products import (
     pointers,
     require,
 )
+from headrace.model.decoder import Decoder
 
 MOST_ROWS = 16
+"""Of one launch."""
 _WARPS = 8
 """Of a block, which has a multiprocessor's registers to itself."""
 _AHEAD = 6
 """Tiles of 16 x 256 that each warp has asked L2 for: 110 KB of Q4_K a multiprocessor."""
 _PITCH = 20
 """Floats from one row of sums to the next (kernels/skinny.cu)."""
+
+
+def takes(decoder: Decoder) -> bool:
+    """Are all of a decoder's matrices such as it multiplies by?"""
+    linears = (linear for _, linears in products_of(decoder) for linear in linears)
+    return all(decoder.weights[linear.weight].qtype not in FLOAT_TYPES for linear in linears)
 
 
 @dataclass(frozen=True)
