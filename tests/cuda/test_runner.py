@@ -118,7 +118,7 @@ def test_few_rows(device: Device, synthetic, shape: str, recipe: str) -> None:
     """Closer than int8 activations; two to sixteen rows of a step are the same, and one is not."""
     decoder, tokens = synthetic(shape, recipe), (TOKENS * 2)[:17]
     wanted = logits_of(ReferenceRunner(decoder), tokens, (17,))
-    runner = CUDARunner(decoder, device, max_rows=16, few_rows=16)
+    runner = CUDARunner(decoder, device, max_rows=16, few_rows=range(2, 17))
     got = logits_of(runner, tokens, (16, 1))
     assert {one.kernel for one in runner.executor.ran} >= {"matvec", "attend"}
     assert relative(got[:16], wanted[:16]) < 0.02
@@ -135,13 +135,13 @@ def test_few_rows(device: Device, synthetic, shape: str, recipe: str) -> None:
 def test_few_rows_of_a_model_with_unquantised_matrices_go_the_way_of_one(
     device: Device, synthetic
 ) -> None:
-    runner = CUDARunner(synthetic("llama-tiny", "F16"), device, max_rows=4, few_rows=4)
-    assert runner.executor.lowering.few_rows == 0
+    runner = CUDARunner(synthetic("llama-tiny", "F16"), device, max_rows=4, few_rows=range(2, 5))
+    assert runner.executor.lowering.few_rows == range(0)
     logits_of(runner, TOKENS[:4], (4,))
     assert "skinny" not in {one.kernel for one in runner.executor.ran}
     runner.close()
-    with pytest.raises(DeviceError, match="few_rows 17: 0 to 16 expected"):
-        CUDARunner(synthetic("llama-tiny", "F16"), device, few_rows=17)
+    with pytest.raises(DeviceError, match="within 2 to 16 expected"):
+        CUDARunner(synthetic("llama-tiny", "F16"), device, few_rows=range(2, 18))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -66,8 +66,8 @@ class Executor:
     ``float_activations``: matmuls read float32 activations unless a call says otherwise; else int8
     ones. ``tensor_rows``: steps of at least so many rows run on tensor cores, from bfloat16
     activations, where one read of the weights serves all rows; None: none do. ``few_rows``: so do
-    steps of 2 to so many rows (16 at most), through a kernel made for them, if all matrices are
-    quantised. ``prompt_rows``: up to so many rows of prompts run together through kernels made for
+    steps of so many rows (2 to 16), through a kernel made for them, if all matrices are quantised.
+    ``prompt_rows``: up to so many rows of prompts run together through kernels made for
     them, likewise on tensor cores; 0: like any rows. All three need sm_80.
     ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
     step of one row are one launch, from sm_90 on.
@@ -85,7 +85,7 @@ class Executor:
         max_rows: int = 64,
         float_activations: bool = False,
         tensor_rows: int | None = None,
-        few_rows: int = 0,
+        few_rows: range = range(0),
         prompt_rows: int = 0,
         one_kernel: bool = False,
         tuning: Tuning | None = None,
@@ -99,8 +99,8 @@ class Executor:
             raise DeviceError("tensor cores take bfloat16 activations: not float_activations too")
         if prompt_rows < 0:
             raise DeviceError(f"prompt_rows {prompt_rows}: 0 or more expected")
-        if not 0 <= few_rows <= MOST_ROWS:
-            raise DeviceError(f"few_rows {few_rows}: 0 to {MOST_ROWS} expected")
+        if few_rows and not 2 <= min(few_rows) <= max(few_rows) <= MOST_ROWS:
+            raise DeviceError(f"few_rows {few_rows}: within 2 to {MOST_ROWS} expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(

@@ -8,8 +8,8 @@ Which kernel runs for what (``matvec`` is in ``products.py``, the other two in f
                       or when a matrix is F32, F16 or BF16
 ``gemm``              every matrix instead, on tensor cores: in prompts (``Step.prompt``), and in
                       steps of ``tensor_rows`` rows or more
-``skinny``            every matrix instead, on tensor cores: in steps of 2 to ``few_rows`` rows, if
-                      all matrices are quantised
+``skinny``            every matrix instead, on tensor cores: in steps of ``few_rows`` rows, if all
+                      matrices are quantised
 ``rotations``         the angles of a step's rows, for ``gemm``'s and ``skinny``'s epilogue
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it

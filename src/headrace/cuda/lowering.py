@@ -73,19 +73,19 @@ class Step:
 
 class Lowering:
     """Plans the activation arena for ``max_rows`` (``prompt_rows`` of a prompt), and turns a
-    :class:`Step` into launches. Steps of prompts, of 2 to ``few_rows`` rows, and of
+    :class:`Step` into launches. Steps of prompts, of the numbers of rows in ``few_rows``, and of
     ``tensor_rows`` rows or more, run on tensor cores. ``one_kernel``: all layers of other steps of
     one row are one launch, if it can be (:func:`token.token_shape`)."""
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, few_rows: int, prompt_rows: int,
+        floats: bool, tensor_rows: int | None, few_rows: range, prompt_rows: int,
         one_kernel: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
         self.tensor_rows, self.prompt_rows = tensor_rows, prompt_rows
-        self.few_rows = few_rows if skinny.takes(decoder) else 0
+        self.few_rows = few_rows if skinny.takes(decoder) else range(0)
         self.most_rows = max(max_rows, prompt_rows)
         self.arena = Arena("activations")
         self.caches: Mapping[int, LayerCache] = {}
@@ -171,11 +171,11 @@ class Lowering:
 
     @property
     def _has_brain(self) -> bool:
-        return self.tensor_rows is not None or self.few_rows > 1 or self.prompt_rows > 0
+        return self.tensor_rows is not None or len(self.few_rows) > 0 or self.prompt_rows > 0
 
     def few(self, step: Step) -> bool:
-        """Is it one of few rows, but more than one?"""
-        return not step.prompt and 2 <= step.n_rows <= self.few_rows
+        """Does one kernel made for few rows do its products?"""
+        return not step.prompt and step.n_rows in self.few_rows
 
     def brain(self, step: Step) -> bool:
         """Are its activations bfloat16?"""

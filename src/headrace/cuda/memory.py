@@ -25,7 +25,7 @@ def plan(
     """(what, bytes) for one sequence of ``context`` positions; ``options``: the runner's (default:
     :func:`~headrace.cuda.runner.best_options`)."""
     weights = WeightIndex(decoder)
-    wanted = {"tensor_rows": None, "few_rows": 0, "prompt_rows": 0} | (
+    wanted = {"tensor_rows": None, "few_rows": range(0), "prompt_rows": 0} | (
         options or best_options(device)
     )
     lowering = Lowering(decoder, device, weights, max_rows, floats=False, tuning=Tuning(), **wanted)

@@ -38,7 +38,7 @@ def best_options(device: Device, *, batch_invariant: bool = False) -> dict[str, 
         return {}
     if batch_invariant:
         return {"tensor_rows": 1, "prompt_rows": 1024}
-    return {"tensor_rows": 8, "few_rows": 16, "prompt_rows": 1024}
+    return {"tensor_rows": 8, "few_rows": range(5, 17), "prompt_rows": 1024}
 
 
 class CUDARunner:

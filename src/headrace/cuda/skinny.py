@@ -18,14 +18,15 @@ from headrace.cuda.products import (
     pointers,
     require,
 )
+from headrace.gguf.types import QuantType
 from headrace.model.decoder import Decoder
 
 MOST_ROWS = 16
 """Of one launch."""
-_WARPS = 8
-"""Of a block, which has a multiprocessor's registers to itself."""
-_AHEAD = 6
-"""Tiles of 16 x 256 that each warp has asked L2 for: 110 KB of Q4_K a multiprocessor."""
+_AHEAD = 16
+"""Tiles of 16 x 256 that a block's warps have asked L2 for: 37 KB of Q4_K."""
+_LIGHT = frozenset({QuantType.Q4_0, QuantType.Q4_1, QuantType.Q4_K})
+"""Types whose code for eight rows takes few registers: twice as many warps have room."""
 _PITCH = 20
 """Floats from one row of sums to the next (kernels/skinny.cu)."""
 
@@ -39,6 +40,8 @@ def takes(decoder: Decoder) -> bool:
 @dataclass(frozen=True)
 class SkinnyShape:
     tokens: int
+    areas: int
+    warps: int
     stripe_warps: int
     pass_units: int
     grid: int
@@ -48,18 +51,25 @@ class SkinnyShape:
 def skinny_shape(
     device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
 ) -> SkinnyShape:
-    """Passes as few as the shared memory allows, and as equal."""
+    """Passes as few as the shared memory allows, and as equal. The areas, and so the order of sums,
+    depend on the matrices alone; many rows of W leave room for half as many."""
     tokens, stripes = 8 if rows <= 8 else MOST_ROWS, -(-matrices[0].layout.k // 256)
-    stripe_warps = min(_WARPS, 1 << (stripes - 1).bit_length())
+    light = tokens == 8 and all(m.layout.qtype in _LIGHT for m in matrices)
     padded = [-(-m.layout.n // PADDED_ROWS) for m in matrices]
-    units = padded[0] if paired else sum(padded)
+    units, both = padded[0] if paired else sum(padded), 2 if paired else 1
+    areas = min(16 if units * both <= 512 else 8, stripes)
+    warps = 16 if light else 8
+    stripe_warps = min(warps, 1 << (areas - 1).bit_length())
     grid = min(device.sm_count, units)
-    rest = _WARPS * tokens * 512 + tokens * 4
-    unit_bytes = min(stripe_warps, stripes) * tokens * _PITCH * 4 * (2 if paired else 1)
-    room = (device.shared_limit - rest) // unit_bytes
+    rest = warps * tokens * 512 + tokens * 4
+    unit_bytes = areas * tokens * _PITCH * 4 * both
     share = -(-units // grid)
-    pass_units = -(-share // -(-share // room))
-    return SkinnyShape(tokens, stripe_warps, pass_units, grid, rest + pass_units * unit_bytes)
+    passes = -(-share // ((device.shared_limit - rest) // unit_bytes))
+    pass_units = -(-share // passes)
+    shared = rest + pass_units * unit_bytes
+    if device.arch >= 90:  # a multiprocessor's only block, for matvec's reason (products.Tuning)
+        shared = max(shared, device.shared_limit // 2 + 2048)
+    return SkinnyShape(tokens, areas, warps, stripe_warps, pass_units, grid, shared)
 
 
 def skinny(
@@ -79,10 +89,11 @@ def skinny(
         "UNIT_ROWS": PADDED_ROWS,
         "GRID": shape.grid,
         "TOKENS": shape.tokens,
-        "WARPS": _WARPS,
+        "AREAS": shape.areas,
+        "WARPS": shape.warps,
         "STRIPE_WARPS": shape.stripe_warps,
         "PASS_UNITS": shape.pass_units,
-        "AHEAD": _AHEAD,
+        "AHEAD": _AHEAD // shape.warps,
         "BRAIN": True,
         **(macros or {}),
     }
@@ -90,7 +101,7 @@ def skinny(
     return Launch(
         Specialisation.of("skinny", constants),
         (shape.grid, 1, 1),
-        _WARPS * 32,
+        shape.warps * 32,
         shape.shared_bytes,
         arguments,
     )

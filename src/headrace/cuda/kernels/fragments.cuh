@@ -82,6 +82,18 @@ DEVICE float2 centred(u32 d, float zero) {
   const float scale = half_to_float((u16)d);
   return make_float2(scale, -zero * scale);
 }
+// reach(), called just after begin(): what no scale of the row's 256 columns is above, and no offset far above. From a
+// block's scale and, in the upper half of the word, minimum:
+DEVICE float reach_of(u32 dm) {
+  const float2 s = scale_and_min(dm);
+  return fmaxf(fabsf(s.x), fabsf(s.y) * (1.f / 1024.f));
+}
+// Blocks of 32 have scales of their own: the quad's lanes have two each.
+DEVICE float reach_of_quad(uint2 scales) {
+  float v = fmaxf(reach_of(scales.x), reach_of(scales.y));
+  v = fmaxf(v, shuffle_xor(v, 1));
+  return fmaxf(v, shuffle_xor(v, 2));
+}
 // Bit i of sixteen at bit 4 of byte i.
 DEVICE uint4 fifth_bits(u32 bits) {
   const uint4 spread = make_uint4((bits & 15) * 0x00204081u, (bits >> 4 & 15) * 0x00204081u, (bits >> 8 & 15) * 0x00204081u, (bits >> 12 & 15) * 0x00204081u);
@@ -109,6 +121,7 @@ template <int TYPE> struct Nibbles : Eighths<TYPE> {
     const uint4 low = r.q >> (4 * (step % 2)) & NIBBLES;
     return FIVE ? low | fifth_bits(r.fifth >> (16 * (step % 2))) : low;
   }
+  static DEVICE float reach(const Raw& raw) { return reach_of_quad(raw.scales); }
   static DEVICE float2 weigh(const Raw& raw, int, int step) {
     const u32 scale = step < 2 ? raw.scales.x : raw.scales.y;
     return MINIMUM ? scale_and_min(scale) : centred(scale, FIVE ? 16.f : 8.f);
@@ -127,6 +140,7 @@ template <> struct Weights<Q8_0> : Eighths<Q8_0> {
   }
   static DEVICE void begin(Raw& r, int) { r.scales = r.coming; }
   static DEVICE uint4 bytes(const Raw& r, int, int step) { return r.q[step % 2]; }
+  static DEVICE float reach(const Raw& r) { return reach_of_quad(r.scales); }
   static DEVICE float2 weigh(const Raw& r, int, int step) { return centred(step < 2 ? r.scales.x : r.scales.y, 0.f); }
 };
 
@@ -147,6 +161,7 @@ template <> struct Weights<Q2_K> : Wholes<Q2_K> {
   }
   static DEVICE void begin(Raw& r, int) { r.all = r.coming; }
   static DEVICE uint4 bytes(const Raw& r, int q, int step) { return r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS; }
+  static DEVICE float reach(const Raw& r) { return 16.f * reach_of(r.all.dm); }
   static DEVICE float2 weigh(const Raw& r, int, int step) {
     const float2 dm = scale_and_min(r.all.dm);
     const u32 s = r.all.scales >> (8 * step);
@@ -164,6 +179,7 @@ template <> struct Weights<Q3_K> : Wholes<Q3_K> {
   static DEVICE uint4 bytes(const Raw& r, int q, int step) {
     return (r.q[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS) | (r.high[step % 2] >> (2 * q + step / 2) & ONES) << 2;
   }
+  static DEVICE float reach(const Raw& r) { return 32.f * reach_of(r.all.d); }
   static DEVICE float2 weigh(const Raw& r, int q, int step) {
     // Scale 4q + step: low four bits in a nibble of byte (4q + step) % 8, high two in byte 8 + step.
     const u32 low = r.all.low_scales >> (8 * step + 4 * (q >> 1)) & 15, high = r.all.high_scales >> (8 * step + 2 * q) & 3;
@@ -189,6 +205,7 @@ template <int TYPE> struct SixBits : Wholes<TYPE> {
     const uint4 bits = r.q[step % 2] >> (4 * (step / 2)) & NIBBLES;
     return FIVE ? bits | (r.fifth[step % 2] >> (2 * q + step / 2) & ONES) << 4 : bits;
   }
+  static DEVICE float reach(const Raw& r) { return 64.f * reach_of(r.header.x); }
   static DEVICE float2 weigh(const Raw& r, int, int step) { return step < 2 ? r.a : r.b; }
 };
 template <> struct Weights<Q4_K> : SixBits<Q4_K> {};
@@ -207,6 +224,7 @@ template <> struct Weights<Q6_K> : Wholes<Q6_K> {
     const uint4 high = r.high[step % 2] >> (4 * (q & 1) + 2 * (step / 2)) & TWOS;
     return (r.low[step % 2] >> (4 * (q & 1)) & NIBBLES) | high << 4;
   }
+  static DEVICE float reach(const Raw& r) { return 128.f * reach_of(r.all.d); }
   static DEVICE float2 weigh(const Raw& r, int, int step) {
     const float s = half_to_float((u16)r.all.d) * (float)(signed char)(r.all.scales >> (8 * step));
     return make_float2(s, -32.f * s);

@@ -12,26 +12,18 @@ struct HalfScales { u32 scale[4], offset[4]; float unit; };
 
 constexpr u32 EXPONENT = 1u << 23;  // one more: twice as much
 
-// Of the row of the quad's lanes. The largest scale becomes 2^14 to 2^15, for bytes of 2^-24; an offset may be far larger.
+// Of the row of the quad's lanes. Scales come to lie below 2^15, for bytes of 2^-24; an offset may be far larger.
 template <int TYPE> DEVICE void half_scales(HalfScales& s, const typename Weights<TYPE>::Raw& raw, int quad) {
   using W = Weights<TYPE>;
-  float2 w[4];
-  float largest = 0.f;
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    w[step] = W::weigh(raw, quad, step);
-    if (W::SIGNED) w[step].y -= 128.f * w[step].x;
-    largest = fmaxf(largest, fmaxf(fabsf(w[step].x), fabsf(w[step].y) * (1.f / 65536.f)));
-  }
-  largest = fmaxf(largest, shuffle_xor(largest, 1));
-  largest = fmaxf(largest, shuffle_xor(largest, 2));
   // 2^100 times less than one counts as no less: its reciprocal is a number.
-  const u32 power = larger((int)(float_to_bits(largest) & 0x7f800000u), 27 * EXPONENT);
+  const u32 power = larger((int)(float_to_bits(W::reach(raw)) & 0x7f800000u), 27 * EXPONENT);
   const float up = bits_to_float((254 + 14) * EXPONENT - power), offset_up = up * (1.f / (1 << 24));
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    s.scale[step] = pack_halves(w[step].x * up, w[step].x * up);
-    s.offset[step] = pack_halves(w[step].y * offset_up, w[step].y * offset_up);
+    float2 w = W::weigh(raw, quad, step);
+    if (W::SIGNED) w.y -= 128.f * w.x;
+    s.scale[step] = pack_halves(w.x * up, w.x * up);
+    s.offset[step] = pack_halves(w.y * offset_up, w.y * offset_up);
   }
   s.unit = bits_to_float(power + (24 - 14) * EXPONENT);
 }

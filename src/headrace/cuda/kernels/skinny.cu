@@ -5,23 +5,22 @@
 // multiplies with it all of the block's rows of W, 16 at a time, before it goes on to its next stripe. Weights go from
 // device memory to registers, half a tile of 16 × 256 ahead, unpacked there by one multiplication and addition for
 // two; L2 is asked for them AHEAD tiles before, the first ones while the previous kernel still runs. Blocks have
-// equal bytes. The warps' sums meet in shared memory, added up in an order that depends on K alone: a row's result is
-// bit-equal whoever travels with it, on any grid.
+// equal bytes. The warps' sums meet in shared memory, added up in an order that depends on the matrix alone: a row's
+// result is bit-equal whoever travels with it, on any grid.
 //
 // Macros: K; TYPE0…2, N0…2; PAIRED, NORM, EPS, EPILOGUE as in matvec.cu; UNIT_ROWS (16), GRID (segments.cuh); TOKENS
-// (8 or 16); WARPS, STRIPE_WARPS (of them, so many share the stripes, the others the rows); PASS_UNITS (whose sums
-// there is room for); AHEAD; and the epilogue's own.
+// (8 or 16); AREAS (of sums: stripe s adds to number s % AREAS); WARPS, STRIPE_WARPS (of them, so many, at most AREAS,
+// share the stripes, the others the rows); PASS_UNITS (whose sums there is room for); AHEAD; and the epilogue's own.
 #include "gemm_epilogues.cuh"
 #include "half_fragments.cuh"
 #include "segments.cuh"
 
 constexpr int STRIPES = brain_tiles(K) / 4, ROW_WARPS = WARPS / STRIPE_WARPS, TOKEN_TILES = TOKENS / 8;
-constexpr int AREAS = STRIPE_WARPS < STRIPES ? STRIPE_WARPS : STRIPES;  // of sums
 constexpr bool UNLIKE = PAIRED && TYPE1 != TYPE0;
 constexpr int PASS_TILES = PASS_UNITS * (PAIRED ? 2 : 1), PITCH = 20;  // 8 × 4 lanes' sums meet no bank twice
 constexpr int STAGE_BYTES = TOKENS * 512, SUM_FLOATS = PASS_TILES * TOKENS * PITCH;
 constexpr int SHARED_BYTES = WARPS * STAGE_BYTES + AREAS * SUM_FLOATS * 4 + TOKENS * 4;
-constexpr int UNITS0 = S0::ROWS_PADDED / UNIT_ROWS, UNITS1 = PAIRED ? 0 : S1::ROWS_PADDED / UNIT_ROWS;
+constexpr int UNIT_GROUPS = UNIT_ROWS / TILE_ROWS, UNITS0 = S0::ROWS_PADDED / UNIT_ROWS, UNITS1 = PAIRED ? 0 : S1::ROWS_PADDED / UNIT_ROWS;
 constexpr int UNITS = UNITS0 + UNITS1 + S2::ROWS_PADDED / UNIT_ROWS;
 
 struct SkinnyArgs {
@@ -33,23 +32,6 @@ struct SkinnyArgs {
   STAMPS
 };
 
-// Units whose sums come together, all of one type; of a pair of unlike types first gate's rows, then up's.
-struct Pass {
-  int unit, units;
-  bool up;
-  DEVICE int tiles() const { return units * (PAIRED && !UNLIKE ? 2 : 1); }
-  DEVICE bool complete() const { return !UNLIKE || up; }
-};
-DEVICE int end_of_type(int unit) {
-  if (!PAIRED && TYPE1 != TYPE0 && unit < UNITS0) return UNITS0;
-  if (!PAIRED && TYPE2 != TYPE1 && unit < UNITS0 + UNITS1) return UNITS0 + UNITS1;
-  return UNITS;
-}
-DEVICE Pass pass_from(int unit, int last) { return {unit, min(min(PASS_UNITS, last - unit), end_of_type(unit) - unit), false}; }
-DEVICE Pass next(const Pass& p, int last) {
-  return p.complete() ? pass_from(p.unit + p.units, last) : Pass{p.unit, p.units, true};
-}
-
 // A unit's matrix, and which of its units it is.
 struct Place { int segment, unit; };
 DEVICE Place place(int unit) {
@@ -58,18 +40,45 @@ DEVICE Place place(int unit) {
   return {2, unit - UNITS0 - UNITS1};
 }
 
-// The tiles of a pass's sixteen rows number `tile`. Those of the same eight lie GROUP_BYTES after one another.
-template <int TYPE> DEVICE const u8* rows_of(const SkinnyArgs& a, const Pass& p, int tile) {
-  const bool up = PAIRED && (p.up || tile >= p.units);
-  const Place at = place(p.unit + (up && !p.up ? tile - p.units : tile));
-  const int s = up ? 1 : at.segment;
-  return (s == 0 ? a.weights[0] : s == 1 ? a.weights[1] : a.weights[2]) + Tiles<TYPE, K>::offset(at.unit * (UNIT_ROWS / TILE_ROWS), 0);
+// Units whose sums come together, of one type and at most two matrices: their sixteen rows each, then of a pair of
+// like types up's of the same; of unlike ones a pass of gate's comes first, then one of up's.
+struct Pass {
+  int unit, units, segment;
+  int here;                   // so many tiles lie from `rows` on, the others from `beyond`, both at their number × UNIT
+  const u8 *rows, *beyond;
+  DEVICE Pass(const SkinnyArgs& a, int first, int last, bool up) : unit(first), units(0), segment(up), here(0), rows(nullptr), beyond(nullptr) {
+    if (first >= last) return;
+    units = min(PASS_UNITS, last - first);
+    if (PAIRED) {
+      here = UNLIKE ? PASS_TILES : units;
+      rows = (up ? a.weights[1] : a.weights[0]) + (u64)first * (up ? S1::GROUP_BYTES : S0::GROUP_BYTES) * UNIT_GROUPS;
+      beyond = a.weights[1] + ((u64)first * S1::GROUP_BYTES - (u64)here * S1::GROUP_BYTES) * UNIT_GROUPS;
+      return;
+    }
+    const Place at = place(first);
+    segment = at.segment;
+    const int ends[3] = {UNITS0, UNITS0 + UNITS1, UNITS};
+    const bool joined = (segment == 0 && TYPE1 == TYPE0) || (segment == 1 && TYPE2 == TYPE1 && TYPE2 != NONE);
+    here = (segment == 0 ? ends[0] : segment == 1 ? ends[1] : ends[2]) - first;
+    units = min(units, joined ? (segment == 0 ? ends[1] : ends[2]) - first : here);
+    const u64 unit_bytes = (u64)(segment == 0 ? S0::GROUP_BYTES : segment == 1 ? S1::GROUP_BYTES : S2::GROUP_BYTES) * UNIT_GROUPS;
+    rows = (segment == 0 ? a.weights[0] : segment == 1 ? a.weights[1] : a.weights[2]) + at.unit * unit_bytes;
+    beyond = (segment == 0 ? a.weights[1] : a.weights[2]) - here * unit_bytes;
+  }
+  DEVICE int tiles() const { return units * (PAIRED && !UNLIKE ? 2 : 1); }
+  DEVICE bool complete() const { return !UNLIKE || segment == 1; }
+  template <int TYPE> DEVICE const u8* tile(int t) const {
+    return (t < here ? rows : beyond) + (u64)t * (Tiles<TYPE, K>::GROUP_BYTES * UNIT_GROUPS);
+  }
+};
+DEVICE Pass next(const SkinnyArgs& a, const Pass& p, int last) {
+  return p.complete() ? Pass(a, p.unit + p.units, last, false) : Pass(a, p.unit, last, true);
 }
 
 template <int TYPE> struct Of { static constexpr int value = TYPE; };
 // Calls f with the type of a pass: one copy of the code for each type, not for each matrix.
 template <class F> DEVICE void with_type(const Pass& p, F&& f) {
-  const int s = p.up ? 1 : place(p.unit).segment;
+  const int s = p.segment;
   if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) f(Of<TYPE0>());
   else if constexpr (TYPE1 != NONE) {
     if (s == 1 || TYPE2 == TYPE1) f(Of<TYPE1>());
@@ -80,36 +89,23 @@ template <class F> DEVICE void with_type(const Pass& p, F&& f) {
 #if ARCH >= 80
 struct Warp { int lane, stripe, row; };  // its first stripe and its first tile
 
-// Goes through a warp's tiles before it, and asks L2 for them: of the four tiles of 1,024 columns that four warps
-// (fewer at the end of a row) share, each asks for its own.
-struct Scout {
-  Pass pass;
-  int stripe, tile, last;
-  DEVICE Scout(const Warp& w, const Pass& p, int last_unit) : pass(p), stripe(w.stripe), tile(w.row), last(last_unit) { skip(w); }
-  DEVICE void skip(const Warp& w) {
-    while (pass.unit < last && tile >= pass.tiles()) pass = next(pass, last), tile = w.row;
-  }
-  DEVICE void go(const SkinnyArgs& a, const Warp& w) {
-    if (pass.unit >= last || stripe >= STRIPES) return;
-    with_type(pass, [&](auto type) {
-      using T = Tiles<type.value, K>;
-      const int slice = stripe / 4, sharing = min(4, STRIPES - 4 * slice);
-      const u8* rows = rows_of<type.value>(a, pass, tile);
-      for (int i = stripe % 4; i < 4; i += sharing) prefetch_l2(rows + T::offset(i, slice), T::bytes(slice));
-    });
-    if ((tile += ROW_WARPS) < pass.tiles()) return;
-    tile = w.row;
-    if ((stripe += STRIPE_WARPS) < STRIPES) return;
-    stripe = w.stripe, pass = next(pass, last);
-    skip(w);
-  }
-};
+// Asks L2 for one of a warp's tiles, `tile` counted on into its next stripes: of the four tiles of 1,024 columns that
+// four warps (fewer at the end of a row) share, each asks for its own.
+template <int TYPE> DEVICE void ask(const Warp& w, const Pass& pass, int stripe, int tile) {
+  using T = Tiles<TYPE, K>;
+  const int own = (pass.tiles() - w.row + ROW_WARPS - 1) / ROW_WARPS * ROW_WARPS;
+  while (tile >= pass.tiles()) tile -= own, stripe += STRIPE_WARPS;
+  if (stripe >= STRIPES) return;
+  const int slice = stripe / 4, sharing = min(4, STRIPES - 4 * slice);
+  for (int i = stripe % 4; i < 4; i += sharing) prefetch_l2(pass.tile<TYPE>(tile) + T::offset(i, slice), T::bytes(slice));
+}
 
 // x of a warp's next stripe on its way into the warp's own memory, as it lies in device memory.
 DEVICE void copy_x(const SkinnyArgs& a, const Warp& w, int stripe, u8* stage) {
 #pragma unroll
-  for (int i = 0; i < TOKENS; ++i) {  // rows beyond the last: the last
-    const u8* row = (const u8*)a.in.row<K>(min(i, a.n_rows - 1)).brain + (u64)(stripe * 4 + w.lane / 8) * (BRAIN_TILE * 2);
+  for (int i = 0; i < TOKENS; ++i) {
+    if (i >= a.n_rows) break;
+    const u8* row = (const u8*)a.in.row<K>(i).brain + (u64)(stripe * 4 + w.lane / 8) * (BRAIN_TILE * 2);
     copy_async16(stage + (w.lane / 8 * TOKENS + i) * 128 + w.lane % 8 * 16, row + w.lane % 8 * 16);
   }
   copy_commit();
@@ -118,26 +114,28 @@ DEVICE void load_x(const SkinnyArgs& a, const Warp& w, const u8* stage, HalfColu
   const int line = w.lane >> 2, quad = w.lane & 3;
 #pragma unroll
   for (int t = 0; t < TOKEN_TILES; ++t) {
-    const int swizzle = (a.in.first + min(8 * t + line, a.n_rows - 1)) & 7;
+    const int swizzle = (a.in.first + 8 * t + line) & 7;
+    const bool exists = 8 * t + line < a.n_rows;
 #pragma unroll
     for (int step = 0; step < 4; ++step)
 #pragma unroll
       for (int piece = 0; piece < 8; ++piece)
-        x[t].w[step][piece / 2][piece % 2] = load32(stage + (step * TOKENS + 8 * t + line) * 128 + (piece ^ swizzle) * 16 + quad * 4);
+        x[t].w[step][piece / 2][piece % 2] =
+            exists ? load32(stage + (step * TOKENS + 8 * t + line) * 128 + (piece ^ swizzle) * 16 + quad * 4) : 0u;
     to_halves(x[t]);
   }
 }
 
-// All stripes of a warp × all of its tiles of a pass. sums: the warp's area. When it begins and when it ends, x of the
+// All stripes of a warp × all of its tiles of a pass. When it begins and when it ends, x of the
 // warp's first stripe is on its way.
-template <int TYPE> DEVICE void multiply(const SkinnyArgs& a, const Warp& w, const Pass& pass, Scout& scout, u8* stage, float* sums) {
+template <int TYPE> DEVICE void multiply(const SkinnyArgs& a, const Warp& w, const Pass& pass, u8* stage, float* sums) {
   using W = Weights<TYPE>;
   using T = Tiles<TYPE, K>;
   const int line = w.lane >> 2, quad = w.lane & 3, tiles = pass.tiles();
   typename W::Raw upper, lower;
   auto at = [&](int stripe, int tile) {
     const int slice = stripe / 4;
-    return At{rows_of<TYPE>(a, pass, tile) + T::offset(line / TILE_ROWS, slice), T::blocks(slice), line % TILE_ROWS, quad, stripe % 4, slice};
+    return At{pass.tile<TYPE>(tile) + T::offset(line / TILE_ROWS, slice), T::blocks(slice), line % TILE_ROWS, quad, stripe % 4, slice};
   };
   auto load = [&](const At& from, int step) {
     At below = from;
@@ -159,7 +157,7 @@ template <int TYPE> DEVICE void multiply(const SkinnyArgs& a, const Warp& w, con
     copy_x(a, w, following, stage);
 #pragma unroll 1
     for (int tile = w.row; tile < tiles; tile += ROW_WARPS) {
-      scout.go(a, w);
+      ask<TYPE>(w, pass, stripe, tile + AHEAD * ROW_WARPS);
       W::begin(upper, quad);
       W::begin(lower, quad);
       HalfScales of_upper, of_lower;
@@ -180,14 +178,14 @@ template <int TYPE> DEVICE void multiply(const SkinnyArgs& a, const Warp& w, con
           for (int t = 0; t < TOKEN_TILES; ++t)
             mma_f16(part[t], make_uint4(u.w[g][0], l.w[g][0], u.w[g][1], l.w[g][1]), x[t].w[step][g][0], x[t].w[step][g][1]);
       }
-      float* const to = sums + ((pass.up ? pass.units : 0) + tile) * (TOKENS * PITCH) + 2 * quad * PITCH + line;
+      float* const to = sums + stripe % AREAS * SUM_FLOATS + ((UNLIKE && pass.segment ? pass.units : 0) + tile) * (TOKENS * PITCH) + 2 * quad * PITCH + line;
 #pragma unroll
       for (int t = 0; t < TOKEN_TILES; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float* const sum = to + (8 * t + (i & 1)) * PITCH + 8 * (i >> 1);
           const float v = part[t][i] * ((i < 2 ? of_upper : of_lower).unit * x[t].unit[i & 1]);
-          *sum = stripe == w.stripe ? v : *sum + v;
+          *sum = STRIPES <= AREAS || stripe < AREAS ? v : *sum + v;
         }
     }
   }
@@ -237,10 +235,13 @@ KERNEL(WARPS * 32, 1) skinny(ARGS(SkinnyArgs, a)) {
   const Warp w = {(int)threadIdx.x & 31, warp % STRIPE_WARPS, warp / STRIPE_WARPS};
   u8* const stage = shared + warp * STAGE_BYTES;
   const int first = first_unit(blockIdx.x), last = first_unit(blockIdx.x + 1);
-  Pass pass = pass_from(first, last);
+  Pass pass(a, first, last, false);
+  auto busy = [&] { return w.stripe < STRIPES && w.row < pass.tiles(); };
   dependents_launch();
-  Scout scout(w, pass, last);
-  for (int i = 0; i < AHEAD; ++i) scout.go(a, w);  // weights wait for no kernel
+  if (busy())  // weights wait for no kernel
+    with_type(pass, [&](auto type) {
+      for (int i = 0; i < AHEAD; ++i) ask<type.value>(w, pass, w.stripe, w.row + i * ROW_WARPS);
+    });
   BEGIN(a);
   if (w.stripe < STRIPES) copy_x(a, w, w.stripe, stage);
   if (NORM) inverse_rms(a, inverse);
@@ -249,9 +250,8 @@ KERNEL(WARPS * 32, 1) skinny(ARGS(SkinnyArgs, a)) {
   Output mine = output(a, pass, threadIdx.x);
   Ready ready = fetch(mine);
 #endif
-  for (; pass.unit < last; pass = next(pass, last)) {
-    if (w.stripe < STRIPES && w.row < pass.tiles())
-      with_type(pass, [&](auto type) { multiply<type.value>(a, w, pass, scout, stage, sums + w.stripe * SUM_FLOATS); });
+  for (; pass.unit < last; pass = next(a, pass, last)) {
+    if (busy()) with_type(pass, [&](auto type) { multiply<type.value>(a, w, pass, stage, sums); });
     if (!pass.complete()) continue;
     sync_block();
     const int all = pass.units * a.n_rows * 4;
