@@ -66,7 +66,7 @@ def test_every_type_odd_rows_whole_and_partial_slices(
 def test_a_row_is_bit_equal_whoever_travels_with_it(device: Device, qtype: QuantType) -> None:
     """1 to 16 rows, from any first row, on a wide matrix whose warps have several stripes."""
     rng = np.random.default_rng(2)
-    k, n = 2304, 70
+    k, n = 4608, 70
     matrix, weights, _ = random_matrix(device, rng, qtype, n, k)
     x, seen = rows_of(rng, 16, k)
     a, results = upload_activations(device, x), []

@@ -54,7 +54,9 @@ def skinny_shape(
     """Passes as few as the shared memory allows, and as equal. The areas, and so the order of sums,
     depend on the matrices alone; many rows of W leave room for half as many."""
     tokens, stripes = 8 if rows <= 8 else MOST_ROWS, -(-matrices[0].layout.k // 256)
-    light = tokens == 8 and all(m.layout.qtype in _LIGHT for m in matrices)
+    # On sm_86 they would spill; before sm_90 it is not measured either.
+    light = tokens == 8 and device.arch >= 90
+    light = light and all(m.layout.qtype in _LIGHT for m in matrices)
     padded = [-(-m.layout.n // PADDED_ROWS) for m in matrices]
     units, both = padded[0] if paired else sum(padded), 2 if paired else 1
     areas = min(16 if units * both <= 512 else 8, stripes)
