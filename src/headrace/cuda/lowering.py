@@ -215,7 +215,9 @@ class Lowering:
             table = (c.TokenLayer * len(self.token.layers))(
                 *map(self._token_layer, self.token.layers)
             )
-            self.device.upload(self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8))
+            self.device.upload(
+                self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8)
+            )
 
     def _token_layer(self, layer: TokenOperations) -> c.TokenLayer:
         qkv, _, out, up, down = layer
