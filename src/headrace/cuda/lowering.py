@@ -78,7 +78,7 @@ class Lowering:
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, prompt_rows: int, tuning: Tuning,
+        floats: bool, tensor_rows: int | None, prompt_rows: int, cache_type: str, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
@@ -88,7 +88,7 @@ class Lowering:
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
-        self.cache_shapes = cache_shapes(decoder)
+        self.cache_shapes = cache_shapes(decoder, cache_type)
         self._rotations: dict[Rope, str] = {}
         self._reserve()
 
@@ -170,7 +170,9 @@ class Lowering:
 
     def _separate(self, op: ProjectQKV) -> bool:
         """Does a kernel of its own turn q and k? Else the projection does it."""
-        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0
+        shape = self.cache_shapes[op.layer]
+        uneven = shape.quantised and shape.head_dim % launchers.CACHE_GROUP > 0
+        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0 or uneven
 
     def activations(
         self, name: str, step: Step | None = None, *, width: int | None = None
