@@ -263,8 +263,8 @@ def measure(
         us, rate = d["us"], total / d["us"]["median"] / 1e3
         d["share_of_ceiling"] = rate / ceiling
         print(
-            f"{name} ({mode}, {cache_type}) depth {d['depth']}, {d['sampling']}: {d['tok_per_s']:.0f} tok/s "
-            f"({us['median']:.0f} us, "
+            f"{name} ({mode}, {cache_type}) depth {d['depth']}, {d['sampling']}: "
+            f"{d['tok_per_s']:.0f} tok/s ({us['median']:.0f} us, "
             f"{us['low']:.0f} to {us['high']:.0f}), {rate:,.0f} GB/s of weights = "
             f"{rate / ceiling:.1%} of the ceiling",
             flush=True,

@@ -41,16 +41,16 @@ def _gpu_name() -> str | None:
 
 
 def check_cache_type(cache_type: str, device: str) -> None:
-    """RequestError for a type of keys and values that there is not, DeviceError for one that the
-    (chosen) device does not keep them as."""
+    """RequestError for a type of keys and values that there is not, DeviceError for one that a
+    chosen device does not keep them as."""
     if cache_type not in CACHED_BYTES:
         raise RequestError(
             f"cache_type must be one of {', '.join(CACHED_BYTES)}, not {cache_type!r}"
         )
-    if cache_type != "f16" and device != "cuda":
+    if cache_type != "f16" and device == "cpu":
         raise DeviceError(
-            f"the device {device!r} does not quantise its cache: leave out "
-            f"--cache-type {cache_type} (cache_type={cache_type!r}), or use a GPU (--device cuda)"
+            f"the CPU backend keeps its cache in f16: leave out --cache-type {cache_type} "
+            f"(cache_type={cache_type!r}), or use a GPU (--device cuda)"
         )
 
 
@@ -69,7 +69,7 @@ def load_runner(
     if device == "reference":
         from headrace.reference.runner import ReferenceRunner
 
-        return ReferenceRunner(decoder)
+        return ReferenceRunner(decoder, cache_type=cache_type)
     if device == "cpu":
         from headrace.cpu.runner import CPURunner
 

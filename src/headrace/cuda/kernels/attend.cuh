@@ -114,6 +114,7 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
   // Positions base … base + 31, in `page`, of which [low, high) count.
   DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
     const int quad = threadIdx.x & 3;
+    const Values values(cache, page, head, base);
     float p[4][2] = {}, step_largest = -INFINITY;  // of position base + 8 quad + 2 tile + e: score, then probability
     add_scores(p, q, cache, page, head, base);
 #pragma unroll
@@ -143,7 +144,7 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
 #pragma unroll
       for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
     // Of the lane's eight positions, those that exist count.
-    add_values(accumulator, p, cache, page, head, base, high - base - 8 * quad);
+    add_values(accumulator, p, values, high - base - 8 * quad);
   }
 };
 

@@ -1,4 +1,4 @@
-// attend.cu's products with a cache in f16. Both functions are about positions base … base + 31 of a page.
+// attend.cuh's products with a cache in f16, of positions base … base + 31 of a page.
 #pragma once
 #include "kv_cache.cuh"
 
@@ -22,9 +22,16 @@ DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache,
   }
 }
 
+// The lane's eight positions of dim 8d + lane / 4.
+struct Values {
+  const u16* at;
+  DEVICE Values(const Cache& cache, u64 page, int head, int base)
+      : at(cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3)) {}
+  DEVICE uint4 operator[](int d) const { return load_fresh((const uint4*)(at + 8 * d * PAGE_SIZE)); }
+};
+
 // Σ p v to the accumulator; p as the scores were, of which the first `count` of a lane's eight exist.
-DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], const Cache& cache, u64 page, int head, int base, int count) {
-  const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], const Values& values, int count) {
   uint4 weights[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -33,7 +40,7 @@ DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[
   }
 #pragma unroll
   for (int d = 0; d < CACHE_DIM / 8; ++d) {
-    uint4 v = load_fresh((const uint4*)(cache.value(page, head, 8 * d + row) + base % PAGE_SIZE) + quad);
+    uint4 v = values[d];
     if (count < 8) clear_beyond(v, count);
     mma_f16(accumulator[d], weights[0], v.x, v.y);
     mma_f16(accumulator[d], weights[1], v.z, v.w);

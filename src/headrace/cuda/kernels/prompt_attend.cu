@@ -32,7 +32,7 @@ struct PromptAttendArgs {
   STAMPS
 };
 
-KERNEL(WARPS * 32, 1) prompt_attend(ARGS(PromptAttendArgs, a)) {
+KERNEL(WARPS * 32, BLOCKS) prompt_attend(ARGS(PromptAttendArgs, a)) {
 #if ARCH >= 80
   DYNAMIC_SHARED(shared);
   uint4* const queries = (uint4*)(shared + RING_BYTES);  // [WARPS, MT, FRAGMENTS, lane]

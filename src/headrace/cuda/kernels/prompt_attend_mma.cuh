@@ -2,7 +2,7 @@
 #pragma once
 #include "kv_cache.cuh"
 
-constexpr int MT = CACHE_DIM <= 128 ? 2 : 1, FRAGMENTS = CACHE_DIM / 16, STEP = 32;
+constexpr int MT = CACHE_DIM <= 128 ? 2 : 1, FRAGMENTS = CACHE_DIM / 16, STEP = 32, BLOCKS = 1;
 constexpr int KEY_BYTES = STEP * CACHE_DIM * (int)sizeof(Cached), STAGE_SCALES = CACHE_Q8 ? SCALE_GROUPS * STEP : 0;
 constexpr int STAGE_BYTES = 2 * KEY_BYTES + 4 * STAGE_SCALES, RING_BYTES = STAGES * STAGE_BYTES, Q_BYTES = WARPS * MT * FRAGMENTS * 512;
 constexpr int PIECE = 16 / (int)sizeof(Cached);  // values in 16 bytes

@@ -6,6 +6,7 @@
 
 constexpr int MT = 1, STEP = PAGE_SIZE, HALF_TILE = 64 * 128;  // bytes of 64 rows of 64
 constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = STAGES - 1;
+constexpr int BLOCKS = CACHE_DIM == 64 ? 2 : 1;  // of a multiprocessor
 
 // Keys lie as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them. Where eight
 // dims of a position go, and eight positions of a dim:
@@ -28,7 +29,7 @@ DEVICE void request(const Cache& cache, u8* target, int slot, int head, int base
 
 DEVICE void unpack(const u8* page, u8* stage, int base, int end) {
   const u16 *key_scales = (const u16*)(page + PAGE_SIZE * CACHE_DIM), *value_scales = key_scales + HEAD_BYTES / 2;
-#pragma unroll 2
+#pragma unroll(CACHE_DIM > 64 ? 2 : 1)
   for (int i = threadIdx.x; i < KEY_BYTES / 16; i += WARPS * 32) {
     const int position = i / (CACHE_DIM / 8), piece = i % (CACHE_DIM / 8), dim = i / 8, part = i % 8;
     *(uint4*)key_place(stage, position, piece) = dequantise(*(const uint2*)(page + i * 8), key_scales[piece / 4 * PAGE_SIZE + position]);
