@@ -5,7 +5,8 @@
 Teacher-forces the golden cases and the perplexity text of tests/data/golden on the device and on
 the float32 reference. With ``--products`` a GPU goes another way than it does by default: int8
 (``dots``), bfloat16 on tensor cores (``tensor``), for prompts alone (``prompts``), or float32
-(``floats``). ``--device reference --cache-type q8_0`` is what rounding the cache alone costs. Exit code 1 if a limit is not met, 2 if a model cannot be measured.
+(``floats``). ``--device reference --cache-type q8_0`` is what
+rounding the cache alone costs. Exit code 1 if a limit is not met, 2 if a model cannot be measured.
 """
 
 from __future__ import annotations

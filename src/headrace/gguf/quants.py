@@ -84,7 +84,7 @@ def round_q8_0(x: NDArray[Any]) -> NDArray[Any]:
     largest = np.abs(groups).max(-1, keepdims=True)
     scales = (largest * np.float32(1 / 127)).astype(np.float16).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    rounded = np.clip(np.rint(groups * inverse), -127, 127) * scales
+    rounded: NDArray[Any] = np.clip(np.rint(groups * inverse), -127, 127) * scales
     return rounded.reshape(padded.shape)[..., : x.shape[-1]].astype(x.dtype)
 
 
