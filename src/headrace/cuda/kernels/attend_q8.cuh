@@ -15,7 +15,7 @@ DEVICE float scale_at(const uint4& scales, int i) {
 
 DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache, u64 page, int head, int base) {
   const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-#pragma unroll(CACHE_DIM > 128 ? 2 : 4)  // the accumulators of 256 dims leave few registers
+#pragma unroll(CACHE_DIM > 128 ? 1 : 4)  // the accumulators of 256 dims leave few registers
   for (int group = 0; group < SCALE_GROUPS; ++group) {
     const uint4 scales = load_scales(scales_from(cache.key_scales(page, head), base), group);
 #pragma unroll
