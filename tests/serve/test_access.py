@@ -132,7 +132,7 @@ def test_every_setting_can_be_in_the_environment() -> None:
         "str": "text", "str | None": "text", "int | None": "7", "int": "8", "float": "9.5",
         "tuple[str, ...]": "one-of-them,another-one", "bool": "True",
     }  # fmt: skip
-    special = {"log_format": "text", "log_level": "error"}
+    special = {"log_format": "text", "log_level": "error", "cache_type": "q8_0"}
     environment = {
         f"HEADRACE_{setting.name.upper()}": special.get(setting.name, values[setting.type])
         for setting in fields(Settings)
