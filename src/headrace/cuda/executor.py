@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import Batch
+from headrace.backend import CACHED_BYTES, Batch
 from headrace.cuda import arguments as c
 from headrace.cuda import launchers
 from headrace.cuda.cache import Cache
@@ -66,7 +66,7 @@ class Executor:
     ones. ``tensor_rows``: steps of at least so many rows run on tensor cores, from bfloat16
     activations, where one read of the weights serves all rows; None: none do. ``prompt_rows``: up
     to so many rows of prompts run together through kernels made for them, likewise on tensor
-    cores; 0: like any rows. Both need sm_80.
+    cores; 0: like any rows. Both need sm_80. ``cache_type``: of keys and values, f16 or q8_0.
     ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
     step of one row are one launch, from sm_90 on.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
@@ -84,6 +84,7 @@ class Executor:
         float_activations: bool = False,
         tensor_rows: int | None = None,
         prompt_rows: int = 0,
+        cache_type: str = "f16",
         one_kernel: bool = False,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
@@ -97,11 +98,12 @@ class Executor:
         if prompt_rows < 0:
             raise DeviceError(f"prompt_rows {prompt_rows}: 0 or more expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
+        self.cache_type = cache_type
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
             floats=float_activations, tensor_rows=tensor_rows, prompt_rows=prompt_rows,
-            one_kernel=one_kernel, tuning=tuning or Tuning(),
+            cache_type=cache_type, one_kernel=one_kernel, tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0
@@ -200,9 +202,10 @@ class Executor:
     @property
     def formats(self) -> Formats:
         """Bytes of an activation as a matmul of one row reads it, and of a cached value."""
+        cached = CACHED_BYTES[self.cache_type]
         if self.lowering.tensor_rows == 1:
-            return Formats(quantised=2.0, cached=2.0)
-        return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=2.0)
+            return Formats(quantised=2.0, cached=cached)
+        return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=cached)
 
     # Rows
 

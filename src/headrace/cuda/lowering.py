@@ -79,7 +79,8 @@ class Lowering:
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, prompt_rows: int, one_kernel: bool, tuning: Tuning,
+        floats: bool, tensor_rows: int | None, prompt_rows: int, cache_type: str,
+        one_kernel: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
         self.max_rows, self.floats, self.tuning = max_rows, floats, tuning
@@ -89,9 +90,10 @@ class Lowering:
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
-        self.cache_shapes = cache_shapes(decoder)
+        self.cache_shapes = cache_shapes(decoder, cache_type)
         self._rotations: dict[Rope, str] = {}
-        self.token = token_shape(decoder, device) if one_kernel and not floats else None
+        alike = one_kernel and not floats and cache_type == "f16"
+        self.token = token_shape(decoder, device) if alike else None
         self._reserve()
 
     # What is planned
@@ -178,7 +180,9 @@ class Lowering:
 
     def _separate(self, op: ProjectQKV) -> bool:
         """Does a kernel of its own turn q and k? Else the projection does it."""
-        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0
+        shape = self.cache_shapes[op.layer]
+        uneven = shape.quantised and shape.head_dim % launchers.CACHE_GROUP > 0
+        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0 or uneven
 
     def activations(
         self, name: str, step: Step | None = None, *, width: int | None = None
@@ -209,7 +213,9 @@ class Lowering:
             table = (c.TokenLayer * len(self.token.layers))(
                 *map(self._token_layer, self.token.layers)
             )
-            self.device.upload(self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8))
+            self.device.upload(
+                self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8)
+            )
 
     def _token_layer(self, layer: TokenOperations) -> c.TokenLayer:
         qkv, _, out, up, down = layer

@@ -61,6 +61,12 @@ DEVICE void sincos_turns(float turns, float* s, float* c) {
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float divide_fast(float x, float y) { return x / y; }
 DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+DEVICE u32 subtract_halves(u32 a, u32 b) {
+  return pack_halves(half_to_float((u16)a) - half_to_float((u16)b), half_to_float((u16)(a >> 16)) - half_to_float((u16)(b >> 16)));
+}
+DEVICE u32 multiply_halves(u32 a, u32 b) {
+  return pack_halves(half_to_float((u16)a) * half_to_float((u16)b), half_to_float((u16)(a >> 16)) * half_to_float((u16)(b >> 16)));
+}
 template <class T> DEVICE T load_fresh(const T* p) { return *p; }
 DEVICE void prefetch_l2(const void* p, u32 bytes) {  // AddressSanitizer sees it
   (void)*(const volatile u8*)p, (void)((const volatile u8*)p)[bytes - 1];
