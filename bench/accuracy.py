@@ -5,19 +5,22 @@
 Teacher-forces the golden cases and the perplexity text of tests/data/golden on the device and on
 the float32 reference. With ``--products`` a GPU goes another way than it does by default: int8
 (``dots``), bfloat16 on tensor cores (``tensor``), for prompts alone (``prompts``), or float32
-(``floats``). Exit code 1 if a limit is not met, 2 if a model cannot be measured.
+(``floats``). ``--device reference --cache-type q8_0`` is what
+rounding the cache alone costs. Exit code 1 if a limit is not met, 2 if a model cannot be measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from headrace import hub
+from headrace.backend import CACHED_BYTES
 from headrace.devices import load_runner
 from headrace.errors import DeviceError, HeadraceError, ModelError
 from headrace.gguf.reader import open_gguf
@@ -50,28 +53,28 @@ PRODUCTS: dict[str, dict[str, Any]] = {
 
 
 def load_other(
-    decoder: Decoder, device: str, threads: int | None, products: str | None
+    decoder: Decoder, device: str, threads: int | None, products: str | None, cache_type: str
 ) -> tuple[Any, str]:
     """The runner to measure, and its name."""
     if products is None:
-        runner: Any = load_runner(decoder, device, threads=threads)
+        runner: Any = load_runner(decoder, device, threads=threads, cache_type=cache_type)
         return runner, runner.device_name
     if device != "cuda":
         raise DeviceError(f"--products is about --device cuda, not {device}")
     from headrace.cuda.runner import CUDARunner
 
-    runner = CUDARunner(decoder, **PRODUCTS[products])
+    runner = CUDARunner(decoder, cache_type=cache_type, **PRODUCTS[products])
     return runner, f"{runner.device_name}, {products}"
 
 
 def measure_file(
-    path: Path, device: str, threads: int | None, products: str | None
+    path: Path, device: str, threads: int | None, products: str | None, cache_type: str
 ) -> dict[str, Any]:
     """Measure one model file; the result is ready for JSON."""
     golden = golden_of(path)
     decoder = load_decoder(open_gguf(path))
     reference = load_runner(decoder, "reference")
-    other, device_name = load_other(decoder, device, threads, products)
+    other, device_name = load_other(decoder, device, threads, products, cache_type)
     try:
         accuracy = measure(reference, other, golden)
     finally:
@@ -80,6 +83,7 @@ def measure_file(
     return {
         "model": golden.model,
         "device": device_name,
+        "cache_type": cache_type,
         **figures(accuracy),
         "disagreements": [round(gap, 4) for gap in disagreements(accuracy)],
         "llama_cpp": golden.llama_cpp,
@@ -118,8 +122,9 @@ def table(result: dict[str, Any]) -> str:
         ("perplexity", "perplexity", ".4f"),
         ("perplexity / reference's", "perplexity_ratio", ".5f"),
     ]
+    kept = "" if result["cache_type"] == "f16" else f", cache {result['cache_type']}"
     lines = [
-        f"{result['model']} on {result['device']}, against the float32 reference",
+        f"{result['model']} on {result['device']}{kept}, against the float32 reference",
         f"  {'':34}{'headrace':>12}{'llama.cpp':>12}",
     ]
     for label, key, form in rows:
@@ -137,14 +142,17 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "reference"])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--products", nargs="+", choices=list(PRODUCTS), default=[None])
+    parser.add_argument("--cache-type", nargs="+", choices=CACHED_BYTES, default=["f16"])
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     arguments = parser.parse_args()
     results = []
     for model in arguments.models:
         try:
             path = Path(hub.resolve(model))
-            for products in arguments.products:
-                results.append(measure_file(path, arguments.device, arguments.threads, products))
+            for products, cache_type in itertools.product(arguments.products, arguments.cache_type):
+                results.append(
+                    measure_file(path, arguments.device, arguments.threads, products, cache_type)
+                )
                 if not arguments.json:
                     print(table(results[-1]), flush=True)
         except HeadraceError as error:

@@ -11,6 +11,7 @@ clocks, commit and command.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.backend import PAGE_SIZE, Batch, DecodeRow
+from headrace.backend import CACHED_BYTES, PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda import launchers
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
@@ -242,14 +243,16 @@ def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
 
 
 def measure(
-    decoder: Decoder, name: str, mode: str, ceiling: float, options: argparse.Namespace
-) -> dict[str, Any]:
+    decoder: Decoder, name: str, mode: str, cache_type: str, ceiling: float,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
     start = time.perf_counter()
     gpu = CUDADevice()
     how = best_options(gpu) if MODES[mode] is None else MODES[mode]
     runner = CUDARunner(
-        decoder, gpu, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning), **how
-    )
+        decoder, gpu, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning),
+        cache_type=cache_type, **how,
+    )  # fmt: skip
     load = time.perf_counter() - start
     runner.allocate_cache(max(*options.depths, 4096) // PAGE_SIZE + 8)
     launches = runner.executor.lowering.launches(Step(1, 64, ((0, 1),)))
@@ -260,8 +263,8 @@ def measure(
         us, rate = d["us"], total / d["us"]["median"] / 1e3
         d["share_of_ceiling"] = rate / ceiling
         print(
-            f"{name} ({mode}) depth {d['depth']}, {d['sampling']}: {d['tok_per_s']:.0f} tok/s "
-            f"({us['median']:.0f} us, "
+            f"{name} ({mode}, {cache_type}) depth {d['depth']}, {d['sampling']}: "
+            f"{d['tok_per_s']:.0f} tok/s ({us['median']:.0f} us, "
             f"{us['low']:.0f} to {us['high']:.0f}), {rate:,.0f} GB/s of weights = "
             f"{rate / ceiling:.1%} of the ceiling",
             flush=True,
@@ -282,6 +285,7 @@ def measure(
     return {
         "model": name,
         "products": mode,
+        "cache_type": cache_type,
         "recipe": options.recipe,
         "tuning": options.tuning,
         "weight_bytes": total,
@@ -299,6 +303,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["llama-8b", "llama-1b"])
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--products", nargs="*", choices=MODES, default=["default"])
+    parser.add_argument("--cache-type", nargs="*", choices=CACHED_BYTES, default=["f16"])
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 4096, 16384])
     parser.add_argument(
         "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256]
@@ -316,8 +321,8 @@ def main() -> None:
     print(f"{device.name}: read ceiling {ceiling:,.0f} GB/s", flush=True)
     for name in options.models:
         decoder = synthetic(name, options.recipe, options.folder)
-        for mode in options.products:
-            result["models"].append(measure(decoder, name, mode, ceiling, options))
+        for mode, kept in itertools.product(options.products, options.cache_type):
+            result["models"].append(measure(decoder, name, mode, kept, ceiling, options))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1))

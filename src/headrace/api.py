@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from headrace import hub
-from headrace.devices import choose_device, load_runner
+from headrace.devices import check_cache_type, choose_device, load_runner
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.scheduler import pages_for
@@ -82,6 +82,7 @@ def load(
     max_sequences: int = 16,
     cache_tokens: int | None = None,
     batch_invariant: bool = False,
+    cache_type: str = "f16",
 ) -> Model:
     """Load a model, fetching it first if need be.
 
@@ -94,7 +95,8 @@ def load(
     chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
     max_sequences: most that run at once. cache_tokens: most tokens of all of them together
     (default: one context). batch_invariant: an answer does not depend on how many others are made
-    beside it; a GPU is slower for few of them then (docs/decisions/014).
+    beside it; a GPU is slower for few of them then (docs/decisions/014). cache_type: keys and
+    values as ``"f16"``, or on a GPU ``"q8_0"``, in about half the memory (docs/decisions/016).
 
     Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
 
@@ -102,14 +104,16 @@ def load(
     >>> model.generate("The capital of France is", max_tokens=8, temperature=0).text
     """
     device = choose_device(device, threads)
+    check_cache_type(cache_type, device)
     file = open_gguf(hub.resolve(name, progress))
     try:
         # The tokeniser takes as long to build as the rest of a small model: do both at once.
         with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
             text = thread.submit(_load_text, file.metadata, chat)
             runner = load_runner(
-                load_decoder(file), device, threads, max_sequences, batch_invariant=batch_invariant
-            )
+                load_decoder(file), device, threads, max_sequences,
+                batch_invariant=batch_invariant, cache_type=cache_type,
+            )  # fmt: skip
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)

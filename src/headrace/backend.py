@@ -21,6 +21,9 @@ from headrace.sampling import SamplingParams, TokenLogprob
 PAGE_SIZE = 64
 """Positions in one KV page."""
 
+CACHED_BYTES = {"f16": 2.0, "q8_0": 1.0 + 2 / 32}
+"""What keys and values may be kept as, and the bytes of one: int8, and an f16 scale for 32."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import PAGE_SIZE, Batch, DecodeRow, DecodingRunner, Runner
+from headrace.backend import CACHED_BYTES, PAGE_SIZE, Batch, DecodeRow, DecodingRunner, Runner
 from headrace.errors import RequestError
 from headrace.model.decoder import Decoder
 from headrace.model.operations import Embed, Head
@@ -26,9 +26,6 @@ from headrace.sampling import SamplingParams
 
 CHUNK_ROWS = 512
 """Rows of a prompt that go through the model in one step, as in llama.cpp's default."""
-
-KV_VALUE_BYTES = 2
-"""Bytes of a cached value: the CPU backend keeps keys and values in half precision."""
 
 _READ_BYTES = 512 << 20  # well over any last-level cache
 
@@ -79,10 +76,11 @@ def weight_bytes_per_step(decoder: Decoder) -> int:
     return total + table.qtype.row_bytes(table.k)
 
 
-def kv_values_per_position(decoder: Decoder) -> int:
-    """Cached values (keys and values of all layers) of one position."""
+def kv_bytes_per_position(decoder: Decoder, cache_type: str = "f16") -> int:
+    """Bytes of the keys and values of one position, in all layers."""
     config = decoder.config
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    return int(values * CACHED_BYTES[cache_type])
 
 
 class StepTimer:
@@ -158,13 +156,14 @@ def measure(
     generate: Sequence[int],
     depths: Sequence[int],
     repetitions: int,
+    cache_type: str = "f16",
 ) -> list[Measurement]:
     """Prefill of each length in ``prompts`` and decode of each in ``generate``, at each depth.
 
     Every test runs once unmeasured first. The timer's context must hold the longest at the deepest.
     """
     weights = weight_bytes_per_step(timer.decoder)
-    kv = kv_values_per_position(timer.decoder) * KV_VALUE_BYTES
+    kv = kv_bytes_per_position(timer.decoder, cache_type)
     results = []
     for depth in depths:
         timer.fill(depth)

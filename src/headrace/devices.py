@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from headrace.backend import Runner
-from headrace.errors import DeviceError
+from headrace.backend import CACHED_BYTES, Runner
+from headrace.errors import DeviceError, RequestError
 from headrace.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -40,20 +40,36 @@ def _gpu_name() -> str | None:
     return usable_gpu()
 
 
+def check_cache_type(cache_type: str, device: str) -> None:
+    """RequestError for a type of keys and values that there is not, DeviceError for one that a
+    chosen device does not keep them as."""
+    if cache_type not in CACHED_BYTES:
+        raise RequestError(
+            f"cache_type must be one of {', '.join(CACHED_BYTES)}, not {cache_type!r}"
+        )
+    if cache_type != "f16" and device == "cpu":
+        raise DeviceError(
+            f"the CPU backend keeps its cache in f16: leave out --cache-type {cache_type} "
+            f"(cache_type={cache_type!r}), or use a GPU (--device cuda)"
+        )
+
+
 def load_runner(
     decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1,
-    *, batch_invariant: bool = False,
+    *, batch_invariant: bool = False, cache_type: str = "f16",
 ) -> Runner:  # fmt: skip
     """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
     ``max_sequences``: as many at least generate in one step. ``batch_invariant``: a sequence is the
     same, bit for bit, however many others generate beside it; a GPU takes one way for all numbers
-    of rows then, and is slower for few. The CPU has but one way.
+    of rows then, and is slower for few. The CPU has but one way. ``cache_type``: keys and values
+    as ``"f16"``, or on a GPU ``"q8_0"``, in about half the memory.
     """
+    check_cache_type(cache_type, device)
     if device == "reference":
         from headrace.reference.runner import ReferenceRunner
 
-        return ReferenceRunner(decoder)
+        return ReferenceRunner(decoder, cache_type=cache_type)
     if device == "cpu":
         from headrace.cpu.runner import CPURunner
 
@@ -65,11 +81,13 @@ def load_runner(
         gpu: Any = CUDADevice()
         rows = max(MAX_ROWS, max_sequences)
         options = best_options(gpu, batch_invariant=batch_invariant)
-        return CUDARunner(decoder, gpu, max_rows=rows, **options)
+        return CUDARunner(decoder, gpu, max_rows=rows, cache_type=cache_type, **options)
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
 
 
-def memory_plan(decoder: Decoder, device: str, context: int) -> list[tuple[str, int]]:
+def memory_plan(
+    decoder: Decoder, device: str, context: int, cache_type: str = "f16"
+) -> list[tuple[str, int]]:
     """(what, bytes) of all that a model of ``context`` positions takes on a GPU, nothing allocated.
 
     DeviceError for a device that has no plan.
@@ -81,6 +99,6 @@ def memory_plan(decoder: Decoder, device: str, context: int) -> list[tuple[str, 
 
     gpu: Any = CUDADevice()
     try:
-        return plan(decoder, gpu, context)
+        return plan(decoder, gpu, context, cache_type=cache_type)
     finally:
         gpu.close()

@@ -29,6 +29,12 @@ def tensor_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     yield from _device(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["f16", "q8_0"])
+def quantised(request: pytest.FixtureRequest) -> bool:
+    """Both kinds of KV cache."""
+    return request.param
+
+
 def _device(name: str) -> Iterator[Device]:
     if name == "gpu":
         from headrace.cuda.gpu import CUDADevice

@@ -62,7 +62,10 @@ def matvecs(device: PaperDevice) -> list[Launch]:
     made.append(matvec([matrix(Q.Q5_0, 1000, 1152)], c.Store(), macros=LOGITS, floats=True))
     qkv = [matrix(Q.Q4_K, 4096, 4096), matrix(Q.Q4_K, 1024, 4096), matrix(Q.Q6_K, 1024, 4096)]
     for rows in (1, 8):
-        made.append(matvec(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=llama.macros))
+        made.extend(
+            matvec(qkv, c.Rotary(), rows, norm_eps=1e-5, macros=shape.macros)
+            for shape in (llama, QUANTISED[0])
+        )
         made.append(matvec([matrix(Q.Q6_K, 4096, 14336)], c.Residual(), rows))
         pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
         for activation in ("SILU", "GELU_TANH"):
@@ -92,6 +95,9 @@ def prompts(device: PaperDevice) -> list[Launch]:
     pair = [matrix(Q.Q4_K, 14336, 4096)] * 2
     how = {"norm_eps": 1e-5, "macros": {"ACTIVATION": "SILU"}}
     made.append(gemm(pair, c.Product(), 1024, **how))
+    q8 = QUANTISED[0].macros
+    made.append(gemm(qkv, c.Rotary(), 32, work=few, norm_eps=1e-5, macros=q8))
+    made.append(gemm(qkv, c.Rotary(), 512, norm_eps=1e-5, macros=q8))
     arguments = c.PromptAttend(n_rows=512)
     for shape, window, softcap in SHAPES:
         how = {"scale": 0.1, "window": window, "softcap": softcap}
@@ -123,10 +129,12 @@ def few(device: PaperDevice) -> list[Launch]:
     return made
 
 
+QUANTISED = [CacheShape(32, 8, dim, dim, quantised=True) for dim in (128, 64, 96, 256)]
 SHAPES = (
     (CacheShape(32, 8, 128), None, None),
     (CacheShape(32, 8, 64), None, None),
     (CacheShape(4, 1, 256, 256), 512, 50.0),
+    *((shape, None, None) for shape in QUANTISED),
 )
 
 

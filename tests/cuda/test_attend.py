@@ -1,52 +1,19 @@
-"""Attention over the paged cache, and the rotary kernel that fills it, against float64 NumPy."""
+"""Attention over the paged cache, and the rotary kernel that fills it, against float64 NumPy: over
+the very keys and values that the cache holds, quantised or f16."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from device_memory import activations, poisoned, put, read_quantised
+from kv_cache import Cache, dequantise
 
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
-from headrace.cuda.launchers import PAGE_SIZE, CacheShape, attend, head_tiles, max_splits, rotary
+from headrace.cuda.launchers import CacheShape, attend, head_tiles, max_splits, rotary
 from headrace.model.operations import Pairing, Rope
 from headrace.reference import operations
-
-
-class Cache:
-    """A cache of random keys and values, some slots long; NaN wherever no position lies."""
-
-    def __init__(
-        self, device: Device, rng: np.random.Generator, shape: CacheShape, lengths: list[int]
-    ):
-        n_pages = sum(-(-n // PAGE_SIZE) for n in lengths)
-        order = rng.permutation(n_pages)
-        heads, dim = shape.n_kv_heads, shape.cache_dim
-        keys = np.full((n_pages, heads, PAGE_SIZE, dim), np.nan, np.float16)
-        values = np.full((n_pages, heads, dim, PAGE_SIZE), np.nan, np.float16)
-        table = np.full((len(lengths), max(-(-n // PAGE_SIZE) for n in lengths)), -1, np.int32)
-        self.keys, self.values = [], []
-        for slot, n in enumerate(lengths):
-            k, v = rng.standard_normal((2, n, heads, shape.head_dim)).astype(np.float16)
-            self.keys.append(k.astype(np.float64))
-            self.values.append(v.astype(np.float64))
-            for i in range(-(-n // PAGE_SIZE)):
-                page, order = int(order[0]), order[1:]
-                table[slot, i] = page
-                rows = slice(i * PAGE_SIZE, min(n, (i + 1) * PAGE_SIZE))
-                count = rows.stop - rows.start
-                keys[page, :, :count] = 0
-                values[page, :, shape.head_dim :] = 0
-                keys[page, :, :count, : shape.head_dim] = k[rows].transpose(1, 0, 2)
-                values[page, :, : shape.head_dim, :count] = v[rows].transpose(1, 2, 0)
-        self.device_keys, self.device_values = put(device, keys), put(device, values)
-        self.table = put(device, table)
-
-    def arguments(self, device: Device, positions: np.ndarray, slots: np.ndarray) -> c.Cache:
-        rows = [put(device, a.astype(np.int32)).address for a in (positions, slots)]
-        addresses = (self.device_keys.address, self.device_values.address, self.table.address)
-        return c.Cache(*addresses, *rows, self.table.shape[1])
 
 
 def run(
@@ -94,28 +61,32 @@ def check(got: np.ndarray, quantised: np.ndarray, wanted: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 1, 128), (2, 2, 64), (12, 1, 32), (3, 1, 80), (2, 1, 256)]
+    ("heads", "kv_heads", "dim"),
+    [(4, 1, 128), (2, 2, 64), (12, 1, 32), (3, 1, 80), (2, 1, 256), (16, 2, 96)],
 )
-def test_head_shapes(device: Device, heads: int, kv_heads: int, dim: int) -> None:
-    check(*run(device, CacheShape(heads, kv_heads, dim), [(0, 0), (0, 40)], [41]))
+def test_head_shapes(device: Device, heads: int, kv_heads: int, dim: int, quantised: bool) -> None:
+    shape = CacheShape(heads, kv_heads, dim, quantised=quantised)
+    check(*run(device, shape, [(0, 0), (0, 40)], [41]))
 
 
-def test_every_generation_of_instructions(any_device: Device) -> None:
-    check(*run(any_device, CacheShape(4, 1, 64), [(0, 300)], [301]))
+def test_every_generation_of_instructions(any_device: Device, quantised: bool) -> None:
+    check(*run(any_device, CacheShape(4, 1, 64, quantised=quantised), [(0, 300)], [301]))
 
 
-def test_rows_of_several_slots_over_many_splits(device: Device) -> None:
+def test_rows_of_several_slots_over_many_splits(device: Device, quantised: bool) -> None:
     rows = [(0, 129), (1, 5), (2, 700), (2, 701), (0, 63)]
-    check(*run(device, CacheShape(4, 2, 32), rows, [130, 6, 702]))
+    check(*run(device, CacheShape(4, 2, 32, quantised=quantised), rows, [130, 6, 702]))
 
 
 @pytest.mark.parametrize("window", [1, 31, 64, 200])
-def test_windows(device: Device, window: int) -> None:
-    check(*run(device, CacheShape(2, 1, 32), [(0, 10), (0, 330)], [331], window=window))
+def test_windows(device: Device, window: int, quantised: bool) -> None:
+    shape = CacheShape(2, 1, 32, quantised=quantised)
+    check(*run(device, shape, [(0, 10), (0, 330)], [331], window=window))
 
 
-def test_softcap(device: Device) -> None:
-    check(*run(device, CacheShape(2, 1, 64), [(0, 200)], [201], softcap=1.5))
+def test_softcap(device: Device, quantised: bool) -> None:
+    shape = CacheShape(2, 1, 64, quantised=quantised)
+    check(*run(device, shape, [(0, 200)], [201], softcap=1.5))
 
 
 def test_a_row_does_not_depend_on_the_grid(device: Device) -> None:
@@ -136,9 +107,11 @@ def test_the_order_of_threads_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("norms", [(True, True), (False, True)])
-def test_rotary_norms_rotates_and_fills_the_cache(device: Device, norms: tuple[bool, bool]) -> None:
+def test_rotary_norms_rotates_and_fills_the_cache(
+    device: Device, norms: tuple[bool, bool], quantised: bool
+) -> None:
     rng = np.random.default_rng(1)
-    shape = CacheShape(3, 1, 96, 64, 1.25)
+    shape = CacheShape(3, 1, 96, 64, 1.25, quantised)
     rows = [(0, 100_000 % 128), (1, 3)]
     cache = Cache(device, rng, shape, [128, 4])
     slots, positions = np.array(rows).T
@@ -166,9 +139,11 @@ def test_rotary_norms_rotates_and_fills_the_cache(device: Device, norms: tuple[b
     ]
     wanted_q, wanted_k = (operations.rotate(x, positions, rope, inv_freq) for x in normed)
     np.testing.assert_allclose(device.download(q), wanted_q, atol=2e-6)
-    keys, values = device.download(cache.device_keys), device.download(cache.device_values)
-    table = device.download(cache.table)
     for i, (slot, position) in enumerate(rows):
-        page, offset = table[slot, position // PAGE_SIZE], position % PAGE_SIZE
-        np.testing.assert_allclose(keys[page, 0, offset], wanted_k[i, 0], rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(values[page, 0, :, offset], qkv[i, 4], rtol=1e-3, atol=1e-3)
+        for (got, scales), exact in (
+            (cache.key(device, slot, position), wanted_k[i]),
+            (cache.value(device, slot, position), qkv[i, 4:]),
+        ):
+            near = np.abs(exact).max() / 250 if quantised else 1e-3
+            got = dequantise(got, scales) if quantised else got
+            np.testing.assert_allclose(got, exact, rtol=1e-3, atol=near)

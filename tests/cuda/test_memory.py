@@ -17,7 +17,7 @@ from headrace.cuda.memory import plan
 from headrace.cuda.runner import CUDARunner, best_options
 from headrace.cuda.weights import STAGING_BYTES
 from headrace.engine.engine import Engine
-from headrace.errors import DeviceError
+from headrace.errors import DeviceError, RequestError
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
@@ -41,16 +41,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return load_decoder(open_gguf(write_tiny(tiny_model("llama"), path)))
 
 
-def test_the_plan_is_what_is_taken(long_decoder: Decoder) -> None:
+@pytest.mark.parametrize(("cache_type", "half_bytes"), [("f16", 4), ("q8_0", 2 + 1 / 8)])
+def test_the_plan_is_what_is_taken(
+    long_decoder: Decoder, cache_type: str, half_bytes: float
+) -> None:
     device = HostDevice()
-    planned = dict(plan(long_decoder, device, 1024, max_rows=16))
-    runner = CUDARunner(long_decoder, device, max_rows=16, **best_options(device))
+    planned = dict(plan(long_decoder, device, 1024, max_rows=16, cache_type=cache_type))
+    options = best_options(device)
+    runner = CUDARunner(long_decoder, device, max_rows=16, cache_type=cache_type, **options)
     runner.allocate_cache(16)
     next(runner.decode([DecodeRow([1], [0], 1, GREEDY, 0)], 1))
     taken = sum(n_bytes for _, n_bytes in runner.memory_plan())
     total = sum(planned.values()) - STAGING_BYTES
     assert taken <= total <= 1.01 * taken  # arrays begin at multiples of 256 bytes
-    assert planned["KV cache of 16 pages"] >= 16 * 64 * 2 * 2 * 64 * 2 * 2
+    cached = 16 * 64 * 2 * 2 * 64 * half_bytes
+    assert cached <= planned["KV cache of 16 pages"] <= cached + (128 << 10)
     runner.close()
 
 
@@ -124,6 +129,13 @@ def test_an_engine_of_more_sequences_than_rows_still_answers(tiny: Decoder) -> N
         alone.append(one.generated)
     assert together == alone
     engine.close()
+
+
+def test_only_a_gpu_quantises_its_cache(tiny: Decoder) -> None:
+    with pytest.raises(DeviceError, match=r"leave out --cache-type q8_0 .*--device cuda"):
+        devices.load_runner(tiny, "cpu", cache_type="q8_0")
+    with pytest.raises(RequestError, match="cache_type must be one of f16, q8_0, not 'q4_0'"):
+        devices.load_runner(tiny, "cuda", cache_type="q4_0")
 
 
 def test_a_plan_needs_a_gpu(tmp_path: Path, tiny: Decoder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from device_memory import activations, from_brain, put, untiled
-from test_attend import Cache
+from kv_cache import Cache
 
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
@@ -53,31 +53,37 @@ def run(
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"),
-    [(4, 1, 128), (4, 2, 64), (12, 1, 32), (3, 1, 80), (2, 1, 256), (5, 1, 48)],
+    [(4, 1, 128), (4, 2, 64), (12, 1, 32), (3, 1, 80), (2, 1, 256), (5, 1, 48), (8, 1, 96)],
 )
-def test_head_shapes(device: Device, heads: int, kv_heads: int, dim: int) -> None:
-    run(device, CacheShape(heads, kv_heads, dim), [range(45)])
+def test_head_shapes(device: Device, heads: int, kv_heads: int, dim: int, quantised: bool) -> None:
+    run(device, CacheShape(heads, kv_heads, dim, quantised=quantised), [range(45)])
 
 
-def test_every_generation_of_instructions(tensor_device: Device) -> None:
-    run(tensor_device, CacheShape(4, 1, 64), [range(130, 250)])
+def test_every_generation_of_instructions(tensor_device: Device, quantised: bool) -> None:
+    run(tensor_device, CacheShape(4, 1, 64, quantised=quantised), [range(130, 250)])
 
 
-def test_rows_of_several_slots(device: Device) -> None:
-    run(device, CacheShape(8, 2, 32), [range(3), range(60, 71), range(20), range(128, 130)])
+def test_rows_of_several_slots(device: Device, quantised: bool) -> None:
+    shape = CacheShape(8, 2, 32, quantised=quantised)
+    run(device, shape, [range(3), range(60, 71), range(20), range(128, 130)])
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_more_steps_than_stages(device: Device, dim: int, quantised: bool) -> None:
+    run(device, CacheShape(2, 1, dim, quantised=quantised), [range(580, 600)])
 
 
 @pytest.mark.parametrize("window", [1, 31, 64, 100])
-def test_windows(device: Device, window: int) -> None:
-    run(device, CacheShape(2, 1, 32), [range(70, 170)], window=window)
+def test_windows(device: Device, window: int, quantised: bool) -> None:
+    run(device, CacheShape(2, 1, 32, quantised=quantised), [range(70, 170)], window=window)
 
 
-def test_softcap(device: Device) -> None:
-    run(device, CacheShape(2, 1, 64), [range(20, 60)], softcap=1.5)
+def test_softcap(device: Device, quantised: bool) -> None:
+    run(device, CacheShape(2, 1, 64, quantised=quantised), [range(20, 60)], softcap=1.5)
 
 
-def test_a_row_is_the_same_in_any_chunk(device: Device) -> None:
-    shape, positions = CacheShape(4, 2, 64), [range(10, 150)]
+def test_a_row_is_the_same_in_any_chunk(device: Device, quantised: bool) -> None:
+    shape, positions = CacheShape(4, 2, 64, quantised=quantised), [range(10, 150)]
     whole = run(device, shape, positions, window=90)
     for some in (slice(0, 33), slice(33, 100), slice(139, 140)):
         np.testing.assert_array_equal(

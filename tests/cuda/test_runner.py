@@ -18,7 +18,7 @@ from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.reference.runner import ReferenceRunner
 from headrace.sampling import SamplingParams
-from headrace.synth import write_synthetic
+from headrace.synth import SHAPES, Shape, write_synthetic
 
 TOKENS = [5, 9, 301, 44, 17, 260, 3, 128, 77, 410, 8, 8, 96, 201, 33]
 
@@ -142,6 +142,46 @@ def test_few_rows_of_a_model_with_unquantised_matrices_go_the_way_of_one(
     runner.close()
     with pytest.raises(DeviceError, match="within 2 to 16 expected"):
         CUDARunner(synthetic("llama-tiny", "F16"), device, few_rows=range(2, 18))
+
+
+UNEVEN = Shape("llama", 2, 256, 512, 4, 2, 48, 512, 2048, 1e4)
+"""Heads that are no whole groups of a quantised cache."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("llama-tiny", {"float_activations": True}),
+        ("llama-tiny", {"tensor_rows": 1}),
+        ("llama-tiny", {"few_rows": range(2, 17)}),
+        ("llama-tiny", {"prompt_rows": 80}),
+        ("qwen3-tiny", {"prompt_rows": 80}),
+        ("uneven", {"tensor_rows": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_quantised_cache(
+    device: Device, synthetic, shape: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reference rounds it, where heads lie in the same order; a row is the same in any
+    chunk, beside others, and after a page was copied."""
+    monkeypatch.setitem(SHAPES, "uneven", UNEVEN)
+    decoder, tokens = synthetic(shape, "Q8_0"), (TOKENS * 5)[:70]
+    exact = logits_of(ReferenceRunner(decoder), tokens, (70,))
+    wanted = logits_of(ReferenceRunner(decoder, cache_type="q8_0"), tokens, (70,))
+    runner = CUDARunner(decoder, device, max_rows=16, cache_type="q8_0", **options)
+    got = logits_of(runner, tokens, (70,))
+    assert relative(got, wanted) < (1e-3 if "float_activations" in options else 0.03)
+    assert relative(got, exact) > 2e-3
+    np.testing.assert_array_equal(logits_of(runner, tokens, (3, 60, 7)), got)
+    runner.allocate_cache(4)
+    runner.step(batches.one_sequence(tokens[:66], 0, [0], [3, 1]))
+    runner.copy_page(1, 2)
+    beside = [(1, i, token) for i, token in enumerate(TOKENS[:9])]
+    last = [(0, i, tokens[i]) for i in range(66, 70)]
+    together = runner.step(batches.rows(last + beside, [[3, 2], [0]], range(4)))
+    np.testing.assert_array_equal(together, got[66:])
+    runner.close()
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -94,6 +94,15 @@ def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None
     assert "kkk" not in repr(named)
 
 
+def test_a_setting_of_few_words(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "a.gguf"\ncache_type = "q8_0"\n')
+    assert load_settings({}, file, {}).cache_type == "q8_0"
+    assert load_settings({}, file, {"HEADRACE_CACHE_TYPE": "f16"}).cache_type == "f16"
+    with pytest.raises(RequestError, match="cache_type must be one of f16, q8_0, not 'q4_0'"):
+        load_settings({"cache_type": "q4_0"}, file, {})
+
+
 def test_a_setting_that_is_true_or_false(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text('model = "a.gguf"\nbatch_invariant = true\n')
@@ -123,7 +132,7 @@ def test_every_setting_can_be_in_the_environment() -> None:
         "str": "text", "str | None": "text", "int | None": "7", "int": "8", "float": "9.5",
         "tuple[str, ...]": "one-of-them,another-one", "bool": "True",
     }  # fmt: skip
-    special = {"log_format": "text", "log_level": "error"}
+    special = {"log_format": "text", "log_level": "error", "cache_type": "q8_0"}
     environment = {
         f"HEADRACE_{setting.name.upper()}": special.get(setting.name, values[setting.type])
         for setting in fields(Settings)

@@ -11,7 +11,7 @@ import typer
 
 import headrace
 from headrace.cli import console
-from headrace.cli.options import Device, Json, ModelName, Threads
+from headrace.cli.options import CacheType, Device, Json, ModelName, Threads
 from headrace.errors import RequestError
 
 _Prompts = Annotated[
@@ -36,6 +36,7 @@ def bench(
     repetitions: _Repetitions = 5,
     threads: Threads = None,
     device: Device = "auto",
+    cache_type: CacheType = "f16",
     as_json: Json = False,
 ) -> None:
     """Measure prefill (pp) and decode (tg) tok/s, GB/s and the share of the read bandwidth.
@@ -46,12 +47,13 @@ def bench(
     lengths = [n for n in _numbers("-p", prompts) if n], [n for n in _numbers("-n", generate) if n]
     if not any(lengths):
         raise RequestError("nothing to measure: give -p or -n a length above 0")
-    from headrace.devices import choose_device
+    from headrace.devices import check_cache_type, choose_device
 
     device = choose_device(device, threads)
+    check_cache_type(cache_type, device)
     path = console.resolve(model)
     facts = _measure(
-        model, str(path), *lengths, _numbers("-d", depths), repetitions, threads, device
+        model, str(path), *lengths, _numbers("-d", depths), repetitions, threads, device, cache_type
     )
     print(json.dumps(facts, indent=2) if as_json else _as_table(facts))
 
@@ -75,6 +77,7 @@ def _measure(
     repetitions: int,
     threads: int | None,
     device: str,
+    cache_type: str,
 ) -> dict[str, Any]:
     from headrace import bench as measuring
     from headrace.devices import load_runner
@@ -84,13 +87,13 @@ def _measure(
     with console.Status() as status, open_gguf(path) as file:
         status("loading (the first run compiles kernels)")
         decoder = load_decoder(file)
-        runner = load_runner(decoder, device, threads=threads)
+        runner = load_runner(decoder, device, threads=threads, cache_type=cache_type)
         timer = measuring.StepTimer(runner, max(depths) + max([*prompts, *generate]))
         ceiling = measuring.ReadBandwidth(runner, threads)
         status("measuring the read bandwidth")
         ceiling.measure()
         status("measuring the model")
-        results = measuring.measure(timer, prompts, generate, depths, repetitions)
+        results = measuring.measure(timer, prompts, generate, depths, repetitions, cache_type)
         status("measuring the read bandwidth")
         ceiling.measure()
         work = measuring.decode_work(timer)
@@ -105,6 +108,7 @@ def _measure(
             "parameters": n_parameters,
             "device": runner.device_name,
             "threads": ceiling.threads,
+            "cache_type": cache_type,
             "read_gb_per_second": ceiling.best / 1e9,
             **({} if work is None else {"decode_work_per_token": work}),
             "tests": [result.as_json(ceiling.best) for result in results],

@@ -51,13 +51,20 @@ def chat(
     context: opt.Context = None,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
+    cache_type: opt.CacheType = "f16",
 ) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-D leaves."""
     with (
         console.Status() as status,
         console.load(
-            model, status, device=device, context=context, threads=threads, chat=True
-        ) as loaded,
+            model,
+            status,
+            device=device,
+            context=context,
+            threads=threads,
+            chat=True,
+            cache_type=cache_type,
+        ) as loaded,  # fmt: skip
     ):
         if not console.has_chat_template(loaded):
             raise RequestError(

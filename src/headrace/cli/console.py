@@ -139,6 +139,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     chat: bool = False,
+    cache_type: str = "f16",
 ) -> Model:
     """:func:`headrace.load` for one conversation, with its progress on stderr."""
     path = resolve(name)
@@ -146,8 +147,9 @@ def load(
     import headrace
 
     model = headrace.load(
-        path, device, context=context, threads=threads, chat=chat, max_sequences=1
-    )
+        path, device, context=context, threads=threads, chat=chat, max_sequences=1,
+        cache_type=cache_type,
+    )  # fmt: skip
     status.clear()
     return model
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli import console
-from headrace.cli.options import Context, Json, ModelName
+from headrace.cli.options import CacheType, Context, Json, ModelName
 
 if TYPE_CHECKING:
     from headrace.gguf import GGUFFile
@@ -24,20 +24,28 @@ _PlanFor = Annotated[
 
 
 def info(
-    model: ModelName, context: Context = None, device: _PlanFor = None, as_json: Json = False
+    model: ModelName,
+    context: Context = None,
+    device: _PlanFor = None,
+    cache_type: CacheType = "f16",
+    as_json: Json = False,
 ) -> None:
     """Show a model's architecture, tensors by type, bytes a token and the memory it needs."""
+    from headrace.devices import check_cache_type
     from headrace.gguf import open_gguf
 
+    check_cache_type(cache_type, device or "cuda")  # for whatever device the memory is counted
     path = console.resolve(model)
     with open_gguf(path) as file:
-        facts = collect(path, file, context)
+        facts = collect(path, file, context, cache_type)
         if device is not None:
-            facts["device_memory"] = _device_memory(file, device, context)
+            facts["device_memory"] = _device_memory(file, device, context, cache_type)
     print(json.dumps(facts, indent=2) if as_json else _as_text(facts))
 
 
-def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str, Any]:
+def collect(
+    path: Path, file: GGUFFile, context: int | None = None, cache_type: str = "f16"
+) -> dict[str, Any]:
     """All that ``info`` shows, as JSON. Sizes are in bytes."""
     from headrace.errors import HeadraceError, RequestError
     from headrace.model import load_decoder
@@ -61,10 +69,10 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
         decoder = load_decoder(file)
     except HeadraceError as error:
         return facts | {"supported": False, "unsupported_because": str(error)}
-    from headrace.bench import KV_VALUE_BYTES, kv_values_per_position, weight_bytes_per_step
+    from headrace.bench import kv_bytes_per_position, weight_bytes_per_step
     from headrace.engine.engine import DEFAULT_CONTEXT
 
-    per_position = KV_VALUE_BYTES * kv_values_per_position(decoder)
+    per_position = kv_bytes_per_position(decoder, cache_type)
     longest = decoder.config.context_length
     if context is not None and context > longest:
         raise RequestError(f"context must be a whole number from 1 to {longest}, not {context}")
@@ -81,7 +89,9 @@ def collect(path: Path, file: GGUFFile, context: int | None = None) -> dict[str,
     }
 
 
-def _device_memory(file: GGUFFile, device: str, context: int | None) -> dict[str, Any]:
+def _device_memory(
+    file: GGUFFile, device: str, context: int | None, cache_type: str
+) -> dict[str, Any]:
     """What the model takes on a GPU at ``context`` positions, part by part."""
     from headrace.devices import memory_plan
     from headrace.engine.engine import choose_context
@@ -89,7 +99,7 @@ def _device_memory(file: GGUFFile, device: str, context: int | None) -> dict[str
 
     decoder = load_decoder(file)
     context = choose_context(context, decoder.config.context_length)
-    parts = memory_plan(decoder, device, context)
+    parts = memory_plan(decoder, device, context, cache_type)
     return {
         "device": device,
         "context": context,

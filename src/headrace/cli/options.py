@@ -32,6 +32,10 @@ Context = Annotated[
         "--context", "-c", min=1, help="Tokens of context to keep.", show_default="chosen to fit"
     ),
 ]
+CacheType = Annotated[
+    str,
+    typer.Option("--cache-type", help="Keys and values: f16, or on a GPU q8_0 (half the memory)."),
+]
 
 Stop = Annotated[
     list[str] | None,

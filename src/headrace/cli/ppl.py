@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli import console
-from headrace.cli.options import Device, Json, ModelName, Threads
+from headrace.cli.options import CacheType, Device, Json, ModelName, Threads
 from headrace.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def ppl(
     context: _Chunk = 512,
     threads: Threads = None,
     device: Device = "auto",
+    cache_type: CacheType = "f16",
     as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text: lower is better.
@@ -43,7 +44,9 @@ def ppl(
     """
     text = console.read_text(file or _BUILT_IN)
     with console.Status() as status:
-        loaded = console.load(model, status, device=device, context=context, threads=threads)
+        loaded = console.load(
+            model, status, device=device, context=context, threads=threads, cache_type=cache_type
+        )
     with loaded:
         facts = measure(loaded, text, context)
     facts = {

@@ -43,6 +43,7 @@ def run(
     context: opt.Context = None,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
+    cache_type: opt.CacheType = "f16",
     quiet: _NoStats = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -56,8 +57,14 @@ def run(
     with (
         console.Status() as status,
         console.load(
-            model, status, device=device, context=context, threads=threads, chat=not raw
-        ) as loaded,
+            model,
+            status,
+            device=device,
+            context=context,
+            threads=threads,
+            chat=not raw,
+            cache_type=cache_type,
+        ) as loaded,  # fmt: skip
         _start(loaded, text, system, options, raw) as stream,
     ):
         status("reading the prompt (the first run compiles kernels)")

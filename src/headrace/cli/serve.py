@@ -44,6 +44,14 @@ _Invariant = Annotated[
         show_default="no",
     ),
 ]
+_CacheType = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-type",
+        help="Keys and values: f16, or on a GPU q8_0 (half the memory).",
+        show_default="f16",
+    ),
+]
 _Host = Annotated[str | None, _option("--host", "Address to listen on.", _NETWORK, "127.0.0.1")]
 _Port = Annotated[int | None, _option("--port", "Port; 0: any free one.", _NETWORK, "8000")]
 _Hosts = Annotated[
@@ -102,6 +110,7 @@ def serve(
     cache_tokens: _CacheTokens = None,
     max_sequences: _Sequences = None,
     batch_invariant: _Invariant = None,
+    cache_type: _CacheType = None,
     host: _Host = None,
     port: _Port = None,
     allowed_hosts: _Hosts = None,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.backend import Batch
+from headrace.backend import CACHED_BYTES, Batch
 from headrace.cuda import arguments as c
 from headrace.cuda import launchers
 from headrace.cuda.cache import Cache
@@ -67,8 +67,9 @@ class Executor:
     ones. ``tensor_rows``: steps of at least so many rows run on tensor cores, from bfloat16
     activations, where one read of the weights serves all rows; None: none do. ``few_rows``: so do
     steps of so many rows (2 to 16), through a kernel made for them, if all matrices are quantised.
-    ``prompt_rows``: up to so many rows of prompts run together through kernels made for
-    them, likewise on tensor cores; 0: like any rows. All three need sm_80.
+    ``prompt_rows``: up to so many rows of prompts run together through kernels made for them,
+    likewise on tensor cores; 0: like any rows. All three need sm_80. ``cache_type``: of keys and
+    values, f16 or q8_0.
     ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
     step of one row are one launch, from sm_90 on.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
@@ -87,6 +88,7 @@ class Executor:
         tensor_rows: int | None = None,
         few_rows: range = range(0),
         prompt_rows: int = 0,
+        cache_type: str = "f16",
         one_kernel: bool = False,
         tuning: Tuning | None = None,
         progress: Callable[[int], None] | None = None,
@@ -102,11 +104,13 @@ class Executor:
         if few_rows and not 2 <= min(few_rows) <= max(few_rows) <= MOST_ROWS:
             raise DeviceError(f"few_rows {few_rows}: within 2 to {MOST_ROWS} expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
+        self.cache_type = cache_type
         self.weights = WeightIndex(decoder)
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
             floats=float_activations, tensor_rows=tensor_rows, few_rows=few_rows,
-            prompt_rows=prompt_rows, one_kernel=one_kernel, tuning=tuning or Tuning(),
+            prompt_rows=prompt_rows, cache_type=cache_type, one_kernel=one_kernel,
+            tuning=tuning or Tuning(),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0
@@ -205,9 +209,10 @@ class Executor:
     @property
     def formats(self) -> Formats:
         """Bytes of an activation as a matmul of one row reads it, and of a cached value."""
+        cached = CACHED_BYTES[self.cache_type]
         if self.lowering.tensor_rows == 1:
-            return Formats(quantised=2.0, cached=2.0)
-        return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=2.0)
+            return Formats(quantised=2.0, cached=cached)
+        return Formats(quantised=None if self.lowering.floats else _INT8_BYTES, cached=cached)
 
     # Rows
 

@@ -49,6 +49,8 @@ ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 """kernels/epilogue_names.cuh"""
 
 PAGE_SIZE = 64
+CACHE_GROUP = 32
+"""Dims of a position that share a scale in a quantised cache."""
 SPLIT = 128
 """Positions of a split, at least."""
 ATTEND_WARPS = 4
@@ -64,6 +66,8 @@ class CacheShape:
     head_dim: int
     rope_dim: int = 0
     magnitude: float = 1.0
+    quantised: bool = False
+    """Q8_0 (docs/decisions/016), else f16."""
     macros: dict[str, object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,17 +81,20 @@ class CacheShape:
             "HEAD_DIM": self.head_dim,
             "ROPE_DIM": self.rope_dim,
             "MAGNITUDE": float(self.magnitude),
+            "CACHE_Q8": self.quantised,
         }
         object.__setattr__(self, "macros", macros)
 
     def page_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one page."""
-        return self.n_kv_heads * PAGE_SIZE * self.cache_dim * 2
+        scales = self.cache_dim // CACHE_GROUP * 2
+        of_a_position = self.cache_dim + scales if self.quantised else self.cache_dim * 2
+        return self.n_kv_heads * PAGE_SIZE * of_a_position
 
     @property
     def cache_dim(self) -> int:
         """head_dim as the cache pads it."""
-        return -(-self.head_dim // 32) * 32
+        return -(-self.head_dim // CACHE_GROUP) * CACHE_GROUP
 
 
 def rotary(
@@ -179,9 +186,11 @@ def prompt_attend(
     if together:
         heads = min((8, 4, 2, 1), key=lambda n: -(-group // n) * n)  # the fewest idle
         warps, stages, tokens = 8, 6, 8 // heads * 16
-        shared = stages * 256 * dim + 2 * tokens * 4
+        # A quantised page is 17 / 32 of an f16 one, and three are f16 besides.
+        pages = 3 * 256 + stages * 136 if shape.quantised else stages * 256
+        shared = pages * dim + 2 * tokens * 4
     else:
-        heads, warps, stages, tokens, shared = _prompt_tile(device, group, dim)
+        heads, warps, stages, tokens, shared = _prompt_tile(device, group, shape)
     constants = shape.macros | {
         "HEADS": shape.n_heads,
         "SCALE": float(scale),
@@ -199,14 +208,15 @@ def prompt_attend(
     )
 
 
-def _prompt_tile(device: Device, group: int, dim: int) -> tuple[int, int, int, int, int]:
+def _prompt_tile(device: Device, group: int, shape: CacheShape) -> tuple[int, int, int, int, int]:
     """Heads, warps, stages, rows and shared bytes of a block, where each warp is on its own."""
+    dim, stage = shape.cache_dim, (68 if shape.quantised else 128) * shape.cache_dim
     tiles, fragments = 2 if dim <= 128 else 1, dim // 16
     for most, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2)):
         heads = min(group, most)
         warps = most // heads * heads
         tokens = warps // heads * tiles * 16
-        shared = stages * 128 * dim + warps * tiles * fragments * 512 + 2 * tokens * 4
+        shared = stages * stage + warps * tiles * fragments * 512 + 2 * tokens * 4
         if shared <= device.shared_limit:
             return heads, warps, stages, tokens, shared
     raise DeviceError(f"no attention of heads of {dim} fits {device.shared_limit:,} bytes")

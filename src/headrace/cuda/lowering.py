@@ -79,7 +79,7 @@ class Lowering:
 
     def __init__(
         self, decoder: Decoder, device: Device, weights: WeightIndex, max_rows: int, *,
-        floats: bool, tensor_rows: int | None, few_rows: range, prompt_rows: int,
+        floats: bool, tensor_rows: int | None, few_rows: range, prompt_rows: int, cache_type: str,
         one_kernel: bool, tuning: Tuning,
     ) -> None:  # fmt: skip
         self.decoder, self.device, self.weights = decoder, device, weights
@@ -91,9 +91,10 @@ class Lowering:
         self.caches: Mapping[int, LayerCache] = {}
         self.inputs: Inputs | None = None
         self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
-        self.cache_shapes = cache_shapes(decoder)
+        self.cache_shapes = cache_shapes(decoder, cache_type)
         self._rotations: dict[Rope, str] = {}
-        self.token = token_shape(decoder, device) if one_kernel and not floats else None
+        alike = one_kernel and not floats and cache_type == "f16"
+        self.token = token_shape(decoder, device) if alike else None
         self._reserve()
 
     # What is planned
@@ -184,7 +185,9 @@ class Lowering:
 
     def _separate(self, op: ProjectQKV) -> bool:
         """Does a kernel of its own turn q and k? Else the projection does it."""
-        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0
+        shape = self.cache_shapes[op.layer]
+        uneven = shape.quantised and shape.head_dim % launchers.CACHE_GROUP > 0
+        return op.q_norm is not None or op.k_norm is not None or op.rope.dim % 4 > 0 or uneven
 
     def activations(
         self, name: str, step: Step | None = None, *, width: int | None = None
@@ -317,7 +320,9 @@ class Lowering:
 
     def _project_qkv(self, op: ProjectQKV, step: Step) -> Iterator[Launch]:
         shape, w = self.cache_shapes[op.layer], self.weights
-        separate, brain = self._separate(op), self.brain(step)
+        # A group of a quantised cache is two of skinny's units, which two blocks may have.
+        separate = self._separate(op) or (self.few(step) and shape.quantised)
+        brain = self.brain(step)
         dense, q = self.arena["dense"].address, self.arena["q"].address
         angles = (
             0

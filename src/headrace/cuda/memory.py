@@ -20,15 +20,24 @@ def plan(
     device: Device,
     context: int,
     max_rows: int = MAX_ROWS,
+    cache_type: str = "f16",
     **options: Any,
 ) -> list[tuple[str, int]]:
     """(what, bytes) for one sequence of ``context`` positions; ``options``: the runner's (default:
     :func:`~headrace.cuda.runner.best_options`)."""
     weights = WeightIndex(decoder)
-    wanted = {"tensor_rows": None, "few_rows": range(0), "prompt_rows": 0} | (
-        options or best_options(device)
+    none = {"tensor_rows": None, "few_rows": range(0), "prompt_rows": 0, "one_kernel": False}
+    wanted = none | (options or best_options(device))
+    lowering = Lowering(
+        decoder,
+        device,
+        weights,
+        max_rows,
+        floats=False,
+        cache_type=cache_type,
+        tuning=Tuning(),
+        **wanted,
     )
-    lowering = Lowering(decoder, device, weights, max_rows, floats=False, tuning=Tuning(), **wanted)
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)
     history = min(n_pages * PAGE_SIZE, decoder.config.context_length)

@@ -46,9 +46,12 @@ def next_norms(decoder: Decoder) -> list[Norm]:
     return norms[::-1]
 
 
-def cache_shapes(decoder: Decoder) -> dict[int, CacheShape]:
+def cache_shapes(decoder: Decoder, cache_type: str) -> dict[int, CacheShape]:
     return {
-        op.layer: CacheShape(op.n_heads, op.n_kv_heads, op.head_dim, op.rope.dim, op.rope.magnitude)
+        op.layer: CacheShape(
+            op.n_heads, op.n_kv_heads, op.head_dim, op.rope.dim, op.rope.magnitude,
+            quantised=cache_type == "q8_0",
+        )
         for op in decoder.operations
         if isinstance(op, ProjectQKV)
-    }
+    }  # fmt: skip

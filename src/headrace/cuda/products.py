@@ -139,6 +139,8 @@ def matvec(
     floats = floats or any(m.layout.qtype in FLOAT_TYPES for m in matrices)
     require(not floats or x.values is not None, "float activations need x's values")
     unit_rows = PADDED_ROWS if quantises else TILE_ROWS
+    if isinstance(epilogue, c.Rotary) and macros and macros["CACHE_Q8"]:
+        unit_rows = 32  # a group of the cache is one warp's
     shape = matvec_shape(
         device, matrices, n_rows, paired=paired, unit_rows=unit_rows, floats=floats, tuning=tuning
     )

@@ -75,6 +75,19 @@ def dequantize(data: NDArray[np.uint8], qtype: QuantType) -> NDArray[np.float32]
     return out.reshape(len(data), -1)
 
 
+def round_q8_0(x: NDArray[Any]) -> NDArray[Any]:
+    """x [..., k] as it comes back from int8 with an f16 scale for each 32 of a row: the quants are
+    rounded with the scale as it is stored."""
+    padded = np.zeros((*x.shape[:-1], -(-x.shape[-1] // 32) * 32), np.float32)
+    padded[..., : x.shape[-1]] = x
+    groups = padded.reshape(*x.shape[:-1], -1, 32)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    scales = (largest * np.float32(1 / 127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    rounded: NDArray[Any] = np.clip(np.rint(groups * inverse), -127, 127) * scales
+    return rounded.reshape(padded.shape)[..., : x.shape[-1]].astype(x.dtype)
+
+
 def check_finite(tensor: Tensor) -> None:
     """Raise GGUFError, naming the tensor and row, if any scale, minimum or plain weight is NaN or
     infinite.

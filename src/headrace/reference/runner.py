@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from headrace.backend import PAGE_SIZE, Batch
 from headrace.checks import check_batch, check_cache_memory, check_copy
 from headrace.errors import DeviceError
+from headrace.gguf.quants import round_q8_0
 from headrace.instrument import Instrument
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
@@ -39,7 +40,8 @@ DEFAULT_WEIGHT_BUDGET = 4 << 30
 
 
 class ReferenceRunner:
-    """A decoder in NumPy, with a paged cache of keys and values in the same dtype.
+    """A decoder in NumPy, with a paged cache of keys and values in the same dtype; with
+    ``cache_type`` q8_0 they are rounded as a cache of that type would round them.
 
     ``dtype`` is float32, or float64 to measure the rounding error of other backends; logits come
     back in it. ``weight_budget`` bounds the bytes of dequantised weights kept. ``observe(operation,
@@ -55,8 +57,10 @@ class ReferenceRunner:
         dtype: DTypeLike = np.float32,
         weight_budget: int = DEFAULT_WEIGHT_BUDGET,
         observe: Observer | None = None,
+        cache_type: str = "f16",
     ) -> None:
         self.decoder = decoder
+        self._rounds = cache_type == "q8_0"
         self.observe = observe
         self._dtype = np.dtype(dtype)
         self._weights = DequantisedWeights(decoder.weights, self._dtype, weight_budget)
@@ -146,6 +150,8 @@ class ReferenceRunner:
         inv_freq = self._inverse_frequencies(op.rope)
         q = ops.rotate(q, batch.positions, op.rope, inv_freq)
         k = ops.rotate(k, batch.positions, op.rope, inv_freq)
+        if self._rounds:
+            k, v = round_q8_0(k), round_q8_0(v)
         pages = batch.page_table[batch.slots, batch.positions // PAGE_SIZE]
         offsets = batch.positions % PAGE_SIZE
         keys, values = self._allocated()[op.layer]

@@ -36,6 +36,7 @@ def load_model(settings: Settings) -> Model:
         chat=True,
         max_sequences=settings.max_sequences,
         batch_invariant=settings.batch_invariant,
+        cache_type=settings.cache_type,
         cache_tokens=settings.cache_tokens or 4 * context,
     )
 

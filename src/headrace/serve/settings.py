@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from headrace.backend import CACHED_BYTES
 from headrace.errors import RequestError
 from headrace.sampling import check_integer, check_real
 
@@ -32,7 +33,8 @@ class Settings:
     Model: model (a path or name), name (the id clients use; default: ``model``, of a path its
     stem), device, threads, context (most tokens of one request), cache_tokens (KV positions of all
     requests together; default: four contexts), max_sequences (that run at once), batch_invariant
-    (an answer does not depend on how many others run: on a GPU, slower for few).
+    (an answer does not depend on how many others run: on a GPU, slower for few), cache_type (keys
+    and values: "f16", or on a GPU "q8_0").
 
     Network: host, port; allowed_hosts (names besides those of the loopback; "*": all),
     allowed_origins (of web pages on other origins; "*": all); api_keys.
@@ -54,6 +56,7 @@ class Settings:
     cache_tokens: int | None = _setting(None, 1, 2**36)
     max_sequences: int = _setting(32, 1, 2**16)
     batch_invariant: bool = False
+    cache_type: str = "f16"
 
     host: str = "127.0.0.1"
     port: int = _setting(8000, 0, 65535)
@@ -88,6 +91,7 @@ class Settings:
             raise RequestError(
                 f"batch_invariant must be true or false, not {self.batch_invariant!r}"
             )
+        _check_word("cache_type", self.cache_type, tuple(CACHED_BYTES))
         _check_word("log_format", self.log_format, ("json", "text"))
         _check_word("log_level", self.log_level, ("debug", "info", "warning", "error"))
         if not self.is_loopback and not self.api_keys:

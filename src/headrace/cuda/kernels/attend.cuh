@@ -17,9 +17,6 @@
 #include "kv_cache.cuh"
 
 constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
-#ifndef KEYS_AHEAD
-#define KEYS_AHEAD (CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
-#endif
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
@@ -98,9 +95,17 @@ DEVICE void split_halves(float x, float y, u32& high, u32& low) {
 
 // Brings the keys of 32 positions, and the values of their page, into L2 while the previous kernel still runs.
 DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
-  prefetch_l2(cache.key(page, head, base), STEP * CACHE_DIM * 2);
-  if (base % PAGE_SIZE == 0) prefetch_l2(cache.value(page, head, 0), PAGE_SIZE * CACHE_DIM * 2);
+  prefetch_l2(cache.key(page, head, base), STEP * CACHE_DIM * (int)sizeof(Cached));
+  if (base % PAGE_SIZE) return;
+  prefetch_l2(cache.value(page, head, 0), HEAD_BYTES);
+  if (CACHE_Q8) prefetch_l2(cache.key_scales(page, head), SCALE_BYTES);
 }
+
+#if CACHE_Q8
+#include "attend_q8.cuh"
+#else
+#include "attend_f16.cuh"
+#endif
 
 struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts), rows 8–15 lower parts
   float accumulator[CACHE_DIM / 8][4] = {};
@@ -108,26 +113,15 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
 
   // Positions base … base + 31, in `page`, of which [low, high) count.
   DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
-    const int lane = lane_now(), row = lane >> 2, quad = lane & 3;
-    float score[4][4] = {};
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
-      // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
-      const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
-#pragma unroll(KEYS_AHEAD)
-      for (int j = 0; j < CACHE_DIM / 32; ++j) {
-        const uint4 k = load_fresh(key + 4 * j + quad);
-        mma_f16(score[tile], q[2 * j * 32 + lane], k.x, k.y);
-        mma_f16(score[tile], q[(2 * j + 1) * 32 + lane], k.z, k.w);
-      }
-    }
-    float p[4][2], step_largest = -INFINITY;
+    const int quad = threadIdx.x & 3;
+    const Values values(cache, page, head, base);
+    float p[4][2] = {}, step_largest = -INFINITY;  // of position base + 8 quad + 2 tile + e: score, then probability
+    add_scores(p, q, cache, page, head, base);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float s = score[tile][e] + score[tile][e + 2];
+        float s = p[tile][e];
         if constexpr (SOFTCAP > 0.f) s = SOFTCAP * tanhf(s / SOFTCAP);
         const int position = base + 8 * quad + 2 * tile + e;
         p[tile][e] = position >= low && position < high ? s : -INFINITY;
@@ -139,30 +133,18 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
     const float keep = expf(largest - finite);
     largest = now;
     sum *= keep;
-    uint4 weights[2];
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
       p[tile][0] = expf(p[tile][0] - finite);
       p[tile][1] = expf(p[tile][1] - finite);
       sum += p[tile][0] + p[tile][1];
-      uint4& w = weights[tile >> 1];
-      if (tile & 1) split_halves(p[tile][0], p[tile][1], w.z, w.w);
-      else split_halves(p[tile][0], p[tile][1], w.x, w.y);
     }
-    const int ahead = high - base - 8 * quad;  // of the lane's eight positions, how many exist
 #pragma unroll
-    for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      uint4 v = load_fresh((const uint4*)(cache.value(page, head, 8 * d + row) + base % PAGE_SIZE) + quad);
-      if (ahead < 8) {  // what lies there may be anything: 0 × NaN
-        u32* words = &v.x;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] &= ahead > 2 * i + 1 ? 0xffffffffu : ahead > 2 * i ? 0xffffu : 0u;
-      }
+    for (int d = 0; d < CACHE_DIM / 8; ++d)
 #pragma unroll
       for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
-      mma_f16(accumulator[d], weights[0], v.x, v.y);
-      mma_f16(accumulator[d], weights[1], v.z, v.w);
-    }
+    // Of the lane's eight positions, those that exist count.
+    add_values(accumulator, p, values, high - base - 8 * quad);
   }
 };
 

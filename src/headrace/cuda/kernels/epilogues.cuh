@@ -1,7 +1,8 @@
 // What a product of rows does with its results. Each is there where its macros are, and takes the matrices' rows:
 //   Store     y[row, n], all matrices' outputs side by side; logits are scaled and soft-capped
 //             (LOGIT_SCALE, SOFTCAP).
-//   Rotary    q, k, v: rotates q and k, stores q, writes k and v to the cache (kv_cache.cuh's macros).
+//   Rotary    q, k, v: rotates q and k, stores q, writes k and v to the cache (kv_cache.cuh's macros). With CACHE_Q8 a
+//             warp's lanes must hold a group of 32 dims: HEAD_DIM is, and warps begin at, a multiple of 32.
 //   Residual  x[row, n] += y; quantises x∘gain for the next operation.
 //   Product   activation(gate) × up (ACTIVATION: SILU or GELU_TANH), quantised for the down matmul.
 //
@@ -32,7 +33,7 @@ template <int A, int B, int C> struct Store {
 template <int N> struct Rotary {
   struct Ready {
     Rotation rotation;
-    u16* cached;  // where k or v goes
+    Spot spot;  // where k or v goes
   };
   float* q;  // [rows, N], rotated
   Cache cache;
@@ -40,21 +41,20 @@ template <int N> struct Rotary {
   DEVICE Ready prepare(int row, int segment, int n, bool live) const {
     if (!live) return {};
     const int position = load_fresh(cache.positions + row), head = n / HEAD_DIM, dim = n % HEAD_DIM;
-    Ready r = {{1.f, 0.f}, nullptr};
+    Ready r = {{1.f, 0.f}, {}};
     if (segment < 2) r.rotation = rotation(dim, position, turns);
     if (segment > 0) {
       const u64 page = cache.page(load_fresh(cache.slots + row), position);
-      r.cached = segment == 1 ? cache.key(page, head, position) + dim : cache.value(page, head, dim) + position % PAGE_SIZE;
+      r.spot = segment == 1 ? cache.key_spot(page, head, position, dim) : cache.value_spot(page, head, position, dim);
     }
     return r;
   }
   DEVICE void fetch(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready& r, int row, int segment, int n, float v, bool live) const {
     const float partner = shuffle_xor(v, 1);
-    if (!live) return;
     if (segment < 2) v = rotate(v, partner, r.rotation);
-    if (segment == 0) q[(u64)row * N + n] = v;
-    else *r.cached = float_to_half(v);
+    if (live && segment == 0) q[(u64)row * N + n] = v;
+    store_cached(r.spot, 1, {v}, n % CACHE_GROUP == 0, live && segment > 0);
   }
 };
 #endif

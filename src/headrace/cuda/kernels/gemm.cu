@@ -23,8 +23,14 @@ constexpr int BLOCKS = brain_tiles(K) / BLOCK;
 constexpr int DISTANCE = TOKENS <= (WGMMA ? 128 : 32) ? 2 : 1;
 constexpr int WIDE = TOKENS < 128 ? TOKENS : 128, PARTS = TOKENS / WIDE;  // of a wgmma
 constexpr int TILE_ROWS_X = TOKENS < 64 ? TOKENS : 64, TILE_BYTES = 64 * STEP_COLUMNS * 2, COPY_BYTES = TILE_ROWS_X * STEP_COLUMNS * 2;
-constexpr int STEP_BYTES = TOKENS * STEP_COLUMNS * 2, STAGE_BYTES = STAGE_STEPS * STEP_BYTES, PITCH = 20, AT_ONCE = TILE_ROWS_X;
-constexpr int SLAB_BYTES = AT_ONCE * PITCH * 4, BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
+constexpr int STEP_BYTES = TOKENS * STEP_COLUMNS * 2, STAGE_BYTES = STAGE_STEPS * STEP_BYTES, AT_ONCE = TILE_ROWS_X;
+// The outputs of so many warps are finished together: a group of 32 dims of a quantised cache is two warps'.
+#if EPILOGUE == ROTARY && CACHE_Q8
+constexpr int JOINED = 2;
+#else
+constexpr int JOINED = 1;
+#endif
+constexpr int PITCH = 16 * JOINED + 4, SLAB_BYTES = AT_ONCE * PITCH * 4 / JOINED, BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
 constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + WARPS * SLAB_BYTES + BARRIER_BYTES + TOKENS * 12 + 16;
 
 // Units of 64 rows of W, each of one matrix; of a pair, 32 rows of gate and the same of up. Where outputs become
@@ -262,11 +268,13 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* 
   sync_block();
 }
 #else
-// What follows: up to 64 tokens at a time through the warp's own shared memory, four lanes a token.
+// What follows: up to 64 tokens at a time through shared memory of the joined warps, four lanes of each a token.
 DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* inverse, const Where* where, const Place& p, bool any, int first_row, int rows) {
-  constexpr int BATCH = AT_ONCE < 32 ? AT_ONCE / 8 : 4;
-  const int lane = threadIdx.x & 31, line = lane >> 2, quad = lane & 3, n = p.row + 4 * quad;
-  float* const slab = (float*)(slabs + threadIdx.x / 32 * SLAB_BYTES);
+  constexpr int BATCH = AT_ONCE < 32 ? AT_ONCE / 8 : 4, TOGETHER = 32 * JOINED;
+  const int line = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3, part = threadIdx.x / 32 % JOINED;
+  const int mine = threadIdx.x % TOGETHER / (4 * JOINED), column = threadIdx.x % (4 * JOINED) * 4, n = p.row - 16 * part + column;
+  float* const slab = (float*)(slabs + threadIdx.x / TOGETHER * (JOINED * SLAB_BYTES));
+  auto sync = [] { JOINED == 1 ? sync_warp() : sync_block(); };
   const int limit = p.segment == 0 ? N0 : p.segment == 1 ? N1 : N2, exist = any ? max(0, min(4, limit - n)) : 0;
   const float* bias = p.segment == 0 ? a.bias[0] : p.segment == 1 ? a.bias[1] : a.bias[2];
   float shift[4];
@@ -278,12 +286,12 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* 
     for (int t = 0; t < AT_ONCE / 8; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int column = chunk * AT_ONCE + 8 * t;
-        slab[(8 * t + 2 * quad + (i & 1)) * PITCH + line + 8 * (i >> 1)] = sums.part[column / WIDE][column % WIDE / 2 + i];
+        const int token = chunk * AT_ONCE + 8 * t;
+        slab[(8 * t + 2 * quad + (i & 1)) * PITCH + 16 * part + line + 8 * (i >> 1)] = sums.part[token / WIDE][token % WIDE / 2 + i];
       }
-    sync_warp();
+    sync();
 #pragma unroll 1
-    for (int first = line; first < AT_ONCE; first += 8 * BATCH) {
+    for (int first = mine; first < AT_ONCE; first += 8 * BATCH) {
       Ready ready[BATCH];
       auto token_of = [&](int i) { return chunk * AT_ONCE + first + 8 * i; };
       auto count_of = [&](int token) { return token < rows && token + first_row >= a.skip ? exist : 0; };
@@ -296,12 +304,12 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* 
       for (int i = 0; i < BATCH; ++i) {
         const int token = token_of(i);
         const float scale = NORM ? inverse[token] : 1.f;
-        float4 y = *(const float4*)(slab + (first + 8 * i) * PITCH + 4 * quad);
+        float4 y = *(const float4*)(slab + (first + 8 * i) * PITCH + column);
         y = make_float4(y.x * scale + shift[0], y.y * scale + shift[1], y.z * scale + shift[2], y.w * scale + shift[3]);
         a.out.finish(ready[i], first_row + token, p.segment, n, y, count_of(token));
       }
     }
-    sync_warp();
+    sync();
   }
 }
 #endif

@@ -41,7 +41,7 @@ struct Epilogue {
 struct Where { int page, position; };  // of a row in the cache
 struct Ready {
   float4 turn;  // cosine and sine of two pairs
-  u16* cached;  // where k or v goes
+  Spot spot;    // where k or v goes
 };
 struct Epilogue {
   float* q;  // [rows, N0], rotated
@@ -53,27 +53,19 @@ struct Epilogue {
   }
   DEVICE Ready fetch(const Where& w, int row, int segment, int n, int count) const {
     const int head = n / HEAD_DIM, dim = n % HEAD_DIM;
-    Ready r = {make_float4(1.f, 0.f, 1.f, 0.f), nullptr};
+    Ready r = {make_float4(1.f, 0.f, 1.f, 0.f), {}};
     if (!count) return r;
     if (segment < 2 && dim < ROPE_DIM) r.turn = load_fresh((const float4*)(rotations + (u64)row * ROPE_DIM + dim));
-    if (segment == 1) r.cached = cache.key(w.page, head, w.position) + dim;
-    if (segment == 2) r.cached = cache.value(w.page, head, dim) + w.position % PAGE_SIZE;
+    if (segment == 1) r.spot = cache.key_spot(w.page, head, w.position, dim);
+    if (segment == 2) r.spot = cache.value_spot(w.page, head, w.position, dim);
     return r;
   }
   DEVICE void finish(const Ready& r, int row, int segment, int n, float4 v, int count) const {
-    if (!count) return;
     if (segment < 2)
       v = make_float4(fmaf(v.x, r.turn.x, -v.y * r.turn.y), fmaf(v.y, r.turn.x, v.x * r.turn.y),
                       fmaf(v.z, r.turn.z, -v.w * r.turn.w), fmaf(v.w, r.turn.z, v.z * r.turn.w));
-    if (segment == 0) {
-      *(float4*)(q + (u64)row * N0 + n) = v;
-    } else if (segment == 1) {
-      *(uint2*)r.cached = make_uint2(pack_halves(v.x, v.y), pack_halves(v.z, v.w));
-    } else {
-      const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) r.cached[i * PAGE_SIZE] = float_to_half(values[i]);
-    }
+    if (count && segment == 0) *(float4*)(q + (u64)row * N0 + n) = v;
+    store_cached(r.spot, segment == 1 ? 1 : PAGE_SIZE, {v.x, v.y, v.z, v.w}, n % CACHE_GROUP == 0, count && segment > 0);
   }
 };
 #elif EPILOGUE == RESIDUAL

@@ -71,6 +71,12 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   };
   return one(0) | one(16);
 }
+DEVICE u32 subtract_halves(u32 a, u32 b) {
+  return pack_halves(half_to_float((u16)a) - half_to_float((u16)b), half_to_float((u16)(a >> 16)) - half_to_float((u16)(b >> 16)));
+}
+DEVICE u32 multiply_halves(u32 a, u32 b) {
+  return pack_halves(half_to_float((u16)a) * half_to_float((u16)b), half_to_float((u16)(a >> 16)) * half_to_float((u16)(b >> 16)));
+}
 template <class T> DEVICE T load_fresh(const T* p) { return *p; }
 DEVICE void prefetch_l2(const void* p, u32 bytes) {  // AddressSanitizer sees it
   (void)*(const volatile u8*)p, (void)((const volatile u8*)p)[bytes - 1];

@@ -35,6 +35,9 @@ DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 
 DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+// Of pairs of f16.
+DEVICE u32 subtract_halves(u32 a, u32 b) { u32 d; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE float bits_to_float(u32 u) { return __uint_as_float(u); }
 DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turns, s, c); }

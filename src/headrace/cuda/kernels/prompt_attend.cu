@@ -3,7 +3,7 @@
 // for one query head. Keys and values pass through shared memory, STEP positions at a time, once for all of them:
 // prompt_attend_mma.cuh and, where wgmma can, prompt_attend_wgmma.cuh.
 //
-// Queries and probabilities are rounded to f16, like the cache; sums are f32. The result is bfloat16.
+// Queries, keys, values and probabilities are rounded to f16, as is the cache unless it is quantised; sums are f32. The result is bfloat16.
 // Steps begin at multiples of STEP, and those a row does not see change nothing of it: a row is bit-equal
 // whatever the chunk it comes in.
 //
@@ -22,7 +22,7 @@ struct Span { int low, high; };  // the positions that a row sees
 #else
 #include "prompt_attend_mma.cuh"
 #endif
-constexpr int TOKENS = WARPS / HEAD_TILE * MT * 16, SHARED_BYTES = STAGES * STAGE_BYTES + Q_BYTES + 2 * TOKENS * 4;
+constexpr int TOKENS = WARPS / HEAD_TILE * MT * 16, SHARED_BYTES = RING_BYTES + Q_BYTES + 2 * TOKENS * 4;
 
 struct PromptAttendArgs {
   const float* q;  // [rows, HEADS × HEAD_DIM], rotated
@@ -32,10 +32,10 @@ struct PromptAttendArgs {
   STAMPS
 };
 
-KERNEL(WARPS * 32, 1) prompt_attend(ARGS(PromptAttendArgs, a)) {
+KERNEL(WARPS * 32, BLOCKS) prompt_attend(ARGS(PromptAttendArgs, a)) {
 #if ARCH >= 80
   DYNAMIC_SHARED(shared);
-  uint4* const queries = (uint4*)(shared + STAGES * STAGE_BYTES);  // [WARPS, MT, FRAGMENTS, lane]
+  uint4* const queries = (uint4*)(shared + RING_BYTES);  // [WARPS, MT, FRAGMENTS, lane]
   int* const positions = (int*)((u8*)queries + Q_BYTES);
   int* const slots = positions + TOKENS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, line = lane >> 2, quad = lane & 3;

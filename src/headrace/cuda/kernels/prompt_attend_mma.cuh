@@ -2,25 +2,51 @@
 #pragma once
 #include "kv_cache.cuh"
 
-constexpr int MT = CACHE_DIM <= 128 ? 2 : 1, FRAGMENTS = CACHE_DIM / 16, STEP = 32;
-constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = WARPS * MT * FRAGMENTS * 512;
+constexpr int MT = CACHE_DIM <= 128 ? 2 : 1, FRAGMENTS = CACHE_DIM / 16, STEP = 32, BLOCKS = 1;
+constexpr int KEY_BYTES = STEP * CACHE_DIM * (int)sizeof(Cached), STAGE_SCALES = CACHE_Q8 ? SCALE_GROUPS * STEP : 0;
+constexpr int STAGE_BYTES = 2 * KEY_BYTES + 4 * STAGE_SCALES, RING_BYTES = STAGES * STAGE_BYTES, Q_BYTES = WARPS * MT * FRAGMENTS * 512;
+constexpr int PIECE = 16 / (int)sizeof(Cached);  // values in 16 bytes
 
-// Where 16 bytes lie in a stage: lanes of a quarter warp read four pieces of two neighbouring lines.
-DEVICE int key_piece(int position, int i) { return position * (CACHE_DIM / 8) + (CACHE_DIM % 64 == 0 ? i ^ (position & 1) << 2 : i); }
-DEVICE int value_piece(int dim, int i) { return dim * (STEP / 8) + i; }
+// Where 16 bytes of keys lie in a stage: lanes that read together, of two or four neighbouring lines, meet no bank twice.
+DEVICE int key_piece(int position, int i) {
+  const int swizzle = !CACHE_Q8 ? (position & 1) << 2 : CACHE_DIM % 128 == 0 ? (position & 1) << 1 | (position >> 3 & 1) << 2 : (position >> 3 & 1) << 1;
+  return position * (CACHE_DIM / PIECE) + (CACHE_DIM % 64 == 0 ? i ^ swizzle : i);
+}
 
-// Positions base … base + 31 of a slot, keys and then values.
+// Positions base … base + 31 of a slot: keys, values, and the scales of both.
 DEVICE void request(const Cache& cache, u8* stage, int slot, int head, int base) {
 #if ARCH >= 80
   const u64 page = cache.page(slot, base);
-  const u16* keys = cache.key(page, head, base);
+  const Cached* keys = cache.key(page, head, base);
   for (int i = threadIdx.x; i < KEY_BYTES / 16; i += WARPS * 32) {
-    copy_async16(stage + key_piece(i / (CACHE_DIM / 8), i % (CACHE_DIM / 8)) * 16, keys + i * 8);
-    const int dim = i / (STEP / 8), piece = i % (STEP / 8);
-    copy_async16(stage + KEY_BYTES + value_piece(dim, piece) * 16, cache.value(page, head, dim) + base % PAGE_SIZE + piece * 8);
+    copy_async16(stage + key_piece(i / (CACHE_DIM / PIECE), i % (CACHE_DIM / PIECE)) * 16, keys + i * PIECE);
+    const int dim = i / (STEP / PIECE), piece = i % (STEP / PIECE);
+    copy_async16(stage + KEY_BYTES + i * 16, cache.value(page, head, dim) + base % PAGE_SIZE + piece * PIECE);
+  }
+#if CACHE_Q8
+  for (int i = threadIdx.x; i < 2 * STAGE_SCALES / 8; i += WARPS * 32) {
+    const u16* scales = i < STAGE_SCALES / 8 ? cache.key_scales(page, head) : cache.value_scales(page, head);
+    const int group = i / (STEP / 8) % SCALE_GROUPS, piece = i % (STEP / 8);
+    copy_async16(stage + 2 * KEY_BYTES + i * 16, scales + group * PAGE_SIZE + base % PAGE_SIZE + piece * 8);
   }
 #endif
+#endif
 }
+
+#if CACHE_Q8
+// Dims 8i … 8i + 7 of a position's key; positions 8i … 8i + 7 of a dim's value.
+DEVICE uint4 key_at(const u8* stage, int position, int i) {
+  const u16* scales = (const u16*)(stage + 2 * KEY_BYTES);
+  return dequantise(*(const uint2*)(stage + key_piece(position, i >> 1) * 16 + (i & 1) * 8), scales[i / 4 * STEP + position]);
+}
+DEVICE uint4 value_at(const u8* stage, int dim, int i) {
+  const u16* scales = (const u16*)(stage + 2 * KEY_BYTES) + STAGE_SCALES + dim / CACHE_GROUP * STEP;
+  return dequantise(*(const uint2*)(stage + KEY_BYTES + dim * STEP + i * 8), *((const uint4*)scales + i));
+}
+#else
+DEVICE uint4 key_at(const u8* stage, int position, int i) { return *(const uint4*)(stage + key_piece(position, i) * 16); }
+DEVICE uint4 value_at(const u8* stage, int dim, int i) { return *(const uint4*)(stage + KEY_BYTES + (dim * (STEP / 8) + i) * 16); }
+#endif
 
 struct Warp {  // its rows line and line + 8 of each of MT sixteens
   float accumulator[MT][CACHE_DIM / 8][4] = {};
@@ -41,7 +67,7 @@ struct Warp {  // its rows line and line + 8 of each of MT sixteens
       const int position = 8 * (line >> 1) + 2 * tile + (line & 1);
 #pragma unroll
       for (int j = 0; j < CACHE_DIM / 32; ++j) {
-        const uint4 k = *(const uint4*)(stage + key_piece(position, 4 * j + quad) * 16);
+        const uint4 k = key_at(stage, position, 4 * j + quad);
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           mma_f16(score[m][tile], q[(m * FRAGMENTS + 2 * j) * 32 + lane], k.x, k.y);
@@ -94,12 +120,8 @@ struct Warp {  // its rows line and line + 8 of each of MT sixteens
     const int ahead = end - base - 8 * quad;  // of the lane's eight positions, how many exist
 #pragma unroll
     for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      uint4 v = *(const uint4*)(stage + KEY_BYTES + value_piece(8 * d + line, quad) * 16);
-      if (ahead < 8) {  // 0 × NaN
-        u32* words = &v.x;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] &= ahead > 2 * i + 1 ? 0xffffffffu : ahead > 2 * i ? 0xffffu : 0u;
-      }
+      uint4 v = value_at(stage, 8 * d + line, quad);
+      if (ahead < 8) clear_beyond(v, ahead);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         mma_f16(accumulator[m][d], weights[m][0], v.x, v.y);

@@ -6,18 +6,53 @@
 
 constexpr int MT = 1, STEP = PAGE_SIZE, HALF_TILE = 64 * 128;  // bytes of 64 rows of 64
 constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = STAGES - 1;
+constexpr int BLOCKS = CACHE_DIM == 64 ? 2 : 1;  // of a multiprocessor
 
-// Keys as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them.
+// Keys lie as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them. Where eight
+// dims of a position go, and eight positions of a dim:
+DEVICE u8* key_place(u8* stage, int position, int i) { return stage + i / 8 * HALF_TILE + position * 128 + ((i ^ position) & 7) * 16; }
+DEVICE u8* value_place(u8* stage, int dim, int i) { return stage + KEY_BYTES + dim * 128 + ((i ^ dim) & 7) * 16; }
+
+#if CACHE_Q8
+// Pages come as they are, and become f16 a step before they are needed, while products run.
+constexpr int EARLY = 1, READY = 3, PAGE_BYTES = 2 * HEAD_BYTES, RING_BYTES = READY * STAGE_BYTES + STAGES * PAGE_BYTES;
+DEVICE u8* landing(u8* stages, int s) { return stages + READY * STAGE_BYTES + s % STAGES * PAGE_BYTES; }
+
+DEVICE void request(const Cache& cache, u8* target, int slot, int head, int base, int) {
+  const u64 page = cache.page(slot, base);
+  const u8 *keys = cache.key(page, head, 0), *values = cache.value(page, head, 0);
+  for (int i = threadIdx.x * 16; i < HEAD_BYTES; i += WARPS * 32 * 16) {
+    copy_async16(target + i, keys + i);
+    copy_async16(target + HEAD_BYTES + i, values + i);
+  }
+}
+
+DEVICE void unpack(const u8* page, u8* stage, int base, int end) {
+  const u16 *key_scales = (const u16*)(page + PAGE_SIZE * CACHE_DIM), *value_scales = key_scales + HEAD_BYTES / 2;
+#pragma unroll(CACHE_DIM > 64 ? 2 : 1)
+  for (int i = threadIdx.x; i < KEY_BYTES / 16; i += WARPS * 32) {
+    const int position = i / (CACHE_DIM / 8), piece = i % (CACHE_DIM / 8), dim = i / 8, part = i % 8;
+    *(uint4*)key_place(stage, position, piece) = dequantise(*(const uint2*)(page + i * 8), key_scales[piece / 4 * PAGE_SIZE + position]);
+    uint4 v = dequantise(*(const uint2*)(page + HEAD_BYTES + i * 8), *(const uint4*)(value_scales + dim / CACHE_GROUP * PAGE_SIZE + part * 8));
+    clear_beyond(v, end - base - 8 * part);
+    *(uint4*)value_place(stage, dim, part) = v;
+  }
+}
+#else
+constexpr int EARLY = 0, READY = STAGES, RING_BYTES = STAGES * STAGE_BYTES;
+DEVICE u8* landing(u8* stages, int s) { return stages + s % STAGES * STAGE_BYTES; }
+
 DEVICE void request(const Cache& cache, u8* stage, int slot, int head, int base, int end) {
   const u64 page = cache.page(slot, base);
   const u16 *keys = cache.key(page, head, base), *values = cache.value(page, head, 0);
   for (int i = threadIdx.x; i < KEY_BYTES / 16; i += WARPS * 32) {
-    const int position = i / (CACHE_DIM / 8), piece = i % (CACHE_DIM / 8);
-    copy_async16(stage + piece / 8 * HALF_TILE + position * 128 + ((piece ^ position) & 7) * 16, keys + i * 8);
+    copy_async16(key_place(stage, i / (CACHE_DIM / 8), i % (CACHE_DIM / 8)), keys + i * 8);
     const int dim = i / 8, part = i % 8, left = end - base - 8 * part;  // what lies beyond may be anything: 0 × NaN
-    copy_async16(stage + KEY_BYTES + dim * 128 + ((part ^ dim) & 7) * 16, values + i * 8, 2 * min(8, max(0, left)));
+    copy_async16(value_place(stage, dim, part), values + i * 8, 2 * min(8, max(0, left)));
   }
 }
+DEVICE void unpack(const u8*, u8*, int, int) {}
+#endif
 
 struct Scores { float s[STEP / 2]; };
 struct Weights { u32 w[STEP / 16][4]; };
@@ -116,17 +151,25 @@ struct Warp {  // its rows line and line + 8
   DEVICE void attend(const Cache& cache, u8* stages, const uint4*, int slot, int kv_head, int start, int high, const Span (&spans)[MT][2]) {
     see(spans);
     const int steps = (high - start + STEP - 1) / STEP;
-    auto stage_of = [&](int s) { return stages + s % STAGES * STAGE_BYTES; };
+    auto stage_of = [&](int s) { return stages + s % READY * STAGE_BYTES; };
     auto request_step = [&](int s) {
-      if (s < steps) request(cache, stage_of(s), slot, kv_head, start + s * STEP, high);
+      if (s < steps) request(cache, landing(stages, s), slot, kv_head, start + s * STEP, high);
       copy_commit();
+    };
+    auto unpack_step = [&](int s) {
+      if (s < steps) unpack(landing(stages, s), stage_of(s), start + s * STEP, high);
     };
     auto arrived = [&] {
       fence_for_wgmma();
       sync_block();
     };
     for (int s = 0; s < AHEAD; ++s) request_step(s);
-    copy_wait<AHEAD - 1>();
+    copy_wait<AHEAD - 1 - EARLY>();
+    if (EARLY) {
+      sync_block();
+      unpack_step(0);
+      unpack_step(1);
+    }
     arrived();
     Scores scores;
     Weights weights;
@@ -137,11 +180,12 @@ struct Warp {  // its rows line and line + 8
     weigh(scores, keep, start, spans);
     pack(weights, scores);
     for (int s = 0; s + 1 < steps; ++s) {
-      copy_wait<AHEAD - 2>();  // step s + 1 is here
+      copy_wait<AHEAD - 2 - EARLY>();  // step s + 1 is here
       arrived();
       request_step(s + AHEAD);
       start_scores(scores, stage_of(s + 1));
       start_values(weights, stage_of(s));
+      unpack_step(s + 2);
       wgmma_wait<1>();
       pin(scores.s);
       weigh(scores, keep, start + (s + 1) * STEP, spans);

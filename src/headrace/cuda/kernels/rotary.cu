@@ -1,6 +1,6 @@
 // Heads of q, k and v after their projection, for families that normalise q and k first (the others
 // do this in the projection's epilogue): norm, rotary embedding, and k and v into the cache. One warp
-// a head. Macros: HEADS, KV_HEADS, HEAD_DIM, ROPE_DIM, MAGNITUDE, EPS, Q_NORM, K_NORM.
+// a head. Macros: HEADS, EPS, Q_NORM, K_NORM, and those of kv_cache.cuh.
 #include "kv_cache.cuh"
 
 struct RotaryArgs {
@@ -38,25 +38,21 @@ KERNEL(32, 1) rotary(ARGS(RotaryArgs, a)) {
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
     const int dim = 2 * (lane + 32 * i);
-    if (dim >= HEAD_DIM) continue;
+    const bool live = dim < HEAD_DIM;
     float x = v[i][0], y = v[i][1];
-    if (normed) x *= inverse * gain[dim], y *= inverse * gain[dim + 1];
+    if (live && normed) x *= inverse * gain[dim], y *= inverse * gain[dim + 1];
     const float x0 = x;
     if (is_q || is_k) {
       x = rotate(x0, y, rotation(dim, position, a.turns));
       y = rotate(y, x0, rotation(dim + 1, position, a.turns));
     }
     if (is_q) {
-      *(float2*)(a.q + ((u64)row * HEADS + slot_head) * HEAD_DIM + dim) = make_float2(x, y);
-    } else if (is_k) {
-      u16* key = a.cache.key(page, slot_head - HEADS, position) + dim;
-      key[0] = float_to_half(x);
-      key[1] = float_to_half(y);
-    } else {
-      const int head = slot_head - HEADS - KV_HEADS;
-      a.cache.value(page, head, dim)[position % PAGE_SIZE] = float_to_half(x);
-      a.cache.value(page, head, dim + 1)[position % PAGE_SIZE] = float_to_half(y);
+      if (live) *(float2*)(a.q + ((u64)row * HEADS + slot_head) * HEAD_DIM + dim) = make_float2(x, y);
+      continue;
     }
+    const int head = slot_head - HEADS - (is_k ? 0 : KV_HEADS);
+    const Spot spot = is_k ? a.cache.key_spot(page, head, position, dim) : a.cache.value_spot(page, head, position, dim);
+    store_cached(spot, is_k ? 1 : PAGE_SIZE, {x, y}, dim % CACHE_GROUP == 0, live);
   }
 }
 HOST_ENTRY(rotary, RotaryArgs)

@@ -32,7 +32,7 @@ struct Layer {
   const u8* weights[7];   // q, k, v, output, gate, up, down
   const float* bias[7];
   const float* gains[2];  // of the norms that read the residual stream after the output and after the down product
-  u16 *keys, *values;
+  u8 *keys, *values;
   int types[7], unused;
 };
 struct Units { int first, last; };  // of a block

@@ -1,0 +1,52 @@
+// attend.cuh's products with a cache in f16, of positions base … base + 31 of a page.
+#pragma once
+#include "kv_cache.cuh"
+
+#ifndef KEYS_AHEAD
+#define KEYS_AHEAD (CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
+#endif
+
+// q·k of position base + 8 quad + 2 tile + e to score[tile][e], for head `lane / 4`.
+DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache, u64 page, int head, int base) {
+  const int lane = lane_now(), row = lane >> 2, quad = lane & 3;
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
+    // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
+    const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
+    float sums[4] = {};
+#pragma unroll(KEYS_AHEAD)
+    for (int j = 0; j < CACHE_DIM / 32; ++j) {
+      const uint4 k = load_fresh(key + 4 * j + quad);
+      mma_f16(sums, q[2 * j * 32 + lane], k.x, k.y);
+      mma_f16(sums, q[(2 * j + 1) * 32 + lane], k.z, k.w);
+    }
+    score[tile][0] += sums[0] + sums[2];
+    score[tile][1] += sums[1] + sums[3];
+  }
+}
+
+// The lane's eight positions of dim 8d + lane / 4.
+struct Values {
+  const u16* at;
+  DEVICE Values(const Cache& cache, u64 page, int head, int base)
+      : at(cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3)) {}
+  DEVICE uint4 operator[](int d) const { return load_fresh((const uint4*)(at + 8 * d * PAGE_SIZE)); }
+};
+
+// Σ p v to the accumulator; p as the scores were, of which the first `count` of a lane's eight exist.
+DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], const Values& values, int count) {
+  uint4 weights[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    split_halves(p[2 * i][0], p[2 * i][1], weights[i].x, weights[i].y);
+    split_halves(p[2 * i + 1][0], p[2 * i + 1][1], weights[i].z, weights[i].w);
+  }
+#pragma unroll
+  for (int d = 0; d < CACHE_DIM / 8; ++d) {
+    uint4 v = values[d];
+    if (count < 8) clear_beyond(v, count);
+    mma_f16(accumulator[d], weights[0], v.x, v.y);
+    mma_f16(accumulator[d], weights[1], v.z, v.w);
+  }
+}
