@@ -47,6 +47,7 @@ PRODUCTS: dict[str, dict[str, Any]] = {
     "dots": {},
     "tensor": {"tensor_rows": 1},
     "prompts": {"prompt_rows": 1024},
+    "few": {"few_rows": range(2, 17), "max_rows": 16},
     "floats": {"float_activations": True},
 }
 """Options of the CUDA backend."""

@@ -27,9 +27,9 @@ from headrace.backend import CACHED_BYTES, PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda import launchers
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
-from headrace.cuda.lowering import Step
 from headrace.cuda.products import Tuning
 from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
+from headrace.cuda.steps import Step
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
@@ -167,8 +167,11 @@ MODES: dict[str, dict[str, Any] | None] = {
     "default": None,
     "dots": {},
     "tensor": {"tensor_rows": 1, "prompt_rows": 1024},
+    "few": {"tensor_rows": 8, "few_rows": range(2, 17), "prompt_rows": 1024},
+    "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": 1024},
 }
-"""Options of the runner: the best for the device; integer dots alone; tensor cores alone."""
+"""Options of the runner: the best for the device; integer dots alone; tensor cores alone; and what
+is not yet on by default (docs/decisions/015 and 017)."""
 
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0),

@@ -11,7 +11,7 @@ from headrace.checks import check_batch, check_copy
 from headrace.cuda.arena import Arena
 from headrace.cuda.device import Device, DeviceArray
 from headrace.cuda.launchers import CacheShape
-from headrace.cuda.lowering import Inputs, LayerCache
+from headrace.cuda.steps import Inputs, LayerCache
 from headrace.errors import DeviceError
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from headrace.backend import PAGE_SIZE, Batch, Choice, DecodeRow
 from headrace.cuda.device import Device, Graph
 from headrace.cuda.executor import Executor
-from headrace.cuda.lowering import Step
 from headrace.cuda.sampling import DeviceSampler
+from headrace.cuda.steps import Step
 from headrace.errors import ContextOverflowError, DeviceError
 
 AHEAD = 4

@@ -23,10 +23,11 @@ from headrace.cuda import launchers
 from headrace.cuda.cache import Cache
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.given import FLOAT, FeedForwardIndex, Given
-from headrace.cuda.lowering import Lowering, Step
+from headrace.cuda.lowering import Lowering
 from headrace.cuda.products import Tuning
 from headrace.cuda.skinny import MOST_ROWS
 from headrace.cuda.stamps import Stamps, parts_of
+from headrace.cuda.steps import Step
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
 from headrace.instrument import Formats, Part, Span

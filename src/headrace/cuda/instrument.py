@@ -9,8 +9,8 @@ from headrace.cuda.ceilings import flops_per_second, read_bandwidth
 from headrace.cuda.decode import DecodeGraphs, await_choices
 from headrace.cuda.device import Graph, Launch
 from headrace.cuda.executor import Executor
-from headrace.cuda.lowering import Step, runs
 from headrace.cuda.stamps import FMAS, Stamps, parts_of
+from headrace.cuda.steps import Step, runs
 from headrace.instrument import Ceilings, Formats, Part, Span, Work
 from headrace.model.operations import Head
 from headrace.sampling import SamplingParams

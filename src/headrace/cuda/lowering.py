@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from ctypes import c_int, c_void_p, sizeof
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from headrace.cuda.products import (
     brain_shape,
     padded,
 )
+from headrace.cuda.steps import Inputs, LayerCache, Step
 from headrace.cuda.token import Operations as TokenOperations
 from headrace.cuda.token import token, token_shape
 from headrace.cuda.weights import WeightIndex, row_order
@@ -41,34 +42,6 @@ from headrace.model.operations import (
     ProjectQKV,
     Rope,
 )
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where a step finds its rows: int32 arrays on the device."""
-
-    tokens: DeviceArray
-    positions: DeviceArray
-    slots: DeviceArray
-    page_table: DeviceArray
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    keys: int
-    values: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step's launches depend on. ``longest``: a bound on position + 1 of its rows;
-    ``logit_runs``: (first row, rows) of each run of consecutive rows whose logits are wanted.
-    ``prompt``: the rows are a prompt's, for the kernels made for many of them."""
-
-    n_rows: int
-    longest: int
-    logit_runs: tuple[tuple[int, int], ...]
-    prompt: bool = False
 
 
 class Lowering:
@@ -436,14 +409,3 @@ class Lowering:
             in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
             macros=macros, tuning=self.tuning,
         )  # fmt: skip
-
-
-def runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending row numbers as (first, count) of consecutive ones."""
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and sum(found[-1]) == row:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((int(row), 1))
-    return tuple(found)
