@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +21,9 @@ from headrace.cuda.device import Launch, array
 from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES, TileLayout
 from headrace.cuda.products import Activations, Matrix
+from headrace.cuda.token import token, token_shape
 from headrace.gguf.types import QuantType as Q
+from headrace.model import operations as o
 
 SHARED_KB = {"75": 64, "80": 163, "86": 99, "89": 99, "90a": 227, "100": 227, "120": 99}
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 30.0}
@@ -138,6 +141,41 @@ SHAPES = (
 )
 
 
+def llama(d_model: int, d_ff: int, head_dim: int) -> SimpleNamespace:
+    """A decoder of two layers of which only the sizes and types are known, as in Q4_K_M."""
+    weights, operations, norm = {}, [o.Embed("e")], o.Norm("n", 1e-5)
+
+    def linear(name: str, n: int, k: int, qtype: Q = Q.Q4_K) -> o.Linear:
+        weights[name] = SimpleNamespace(qtype=qtype)
+        return o.Linear(name, n, k)
+
+    for layer, other in enumerate((Q.Q4_K, Q.Q6_K)):
+        q, kv = 32 * head_dim, 8 * head_dim
+        operations += [
+            o.ProjectQKV(
+                layer, norm, linear(f"q{layer}", q, d_model), linear(f"k{layer}", kv, d_model),
+                linear(f"v{layer}", kv, d_model, other), None, None,
+                o.Rope(1e4, head_dim, o.Pairing.INTERLEAVED), 32, 8, head_dim,
+            ),
+            o.Attend(layer, 32, 8, head_dim, head_dim**-0.5),
+            o.ProjectOut(layer, linear(f"o{layer}", d_model, q)),
+            o.FeedForwardIn(
+                layer, norm, linear(f"g{layer}", d_ff, d_model), linear(f"u{layer}", d_ff, d_model),
+                o.Activation.SILU,
+            ),
+            o.FeedForwardOut(layer, linear(f"d{layer}", d_model, d_ff, other)),
+        ]  # fmt: skip
+    operations.append(o.Head(norm, linear("h", 1000, d_model)))
+    return SimpleNamespace(operations=operations, weights=weights)
+
+
+def tokens(device: PaperDevice) -> list[Launch]:
+    shapes = (
+        token_shape(llama(*sizes), device) for sizes in ((4096, 14336, 128), (2048, 8192, 64))
+    )
+    return [token(shape, c.Token()) for shape in shapes if shape]
+
+
 def others(device: PaperDevice) -> list[Launch]:
     made = []
     made.append(launchers.rotations(CacheShape(32, 8, 128, 128), c.Rotations(), 1))
@@ -163,7 +201,7 @@ def others(device: PaperDevice) -> list[Launch]:
 @pytest.mark.parametrize("target", list(SHARED_KB))
 def test_compiles_without_spills(target: str) -> None:
     device = PaperDevice(target)
-    launches = matvecs(device) + few(device) + prompts(device) + others(device)
+    launches = matvecs(device) + few(device) + prompts(device) + tokens(device) + others(device)
     specs = list(dict.fromkeys(launch.spec for launch in launches))
     assert {spec.name for spec in specs} >= {
         "matvec",

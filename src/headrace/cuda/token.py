@@ -26,7 +26,8 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-WARPS = 15
+WARPS = 11
+"""That multiply; with the one that streams, as many as leave a thread 168 registers."""
 STAGE_TILES = 4
 AHEAD = 3
 """Stages under way at once, of one multiprocessor. docs/decisions/017 has what was measured."""

@@ -6,7 +6,7 @@
 
 constexpr int MT = 1, STEP = PAGE_SIZE, HALF_TILE = 64 * 128;  // bytes of 64 rows of 64
 constexpr int KEY_BYTES = STEP * CACHE_DIM * 2, STAGE_BYTES = 2 * KEY_BYTES, Q_BYTES = 0, AHEAD = STAGES - 1;
-constexpr int BLOCKS = CACHE_DIM == 64 ? 2 : 1;  // of a multiprocessor
+constexpr int BLOCKS = CACHE_DIM == 64 && !CACHE_Q8 ? 2 : 1;  // of a multiprocessor; unpacking takes registers
 
 // Keys lie as tiles of 64 positions × 64 dims, values as one of dims × 64 positions: as wgmma wants them. Where eight
 // dims of a position go, and eight positions of a dim:
