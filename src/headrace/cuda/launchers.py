@@ -10,6 +10,7 @@ Which kernel runs for what (``matvec`` is in ``products.py``, the other two in f
                       steps of ``tensor_rows`` rows or more
 ``skinny``            every matrix instead, on tensor cores: in steps of ``few_rows`` rows, if all
                       matrices are quantised
+``token``             all layers of a step of one row in one launch, if ``one_kernel`` asks for it
 ``rotations``         the angles of a step's rows, for ``gemm``'s and ``skinny``'s epilogue
 ``rotary``            q and k norms, rotary, cache write, where the family norms q or k; elsewhere
                       the projection's own epilogue does it
