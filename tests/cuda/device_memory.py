@@ -131,6 +131,12 @@ def upload_activations(
     return a
 
 
+def check_squares(device: Device, a: Activations, x: np.ndarray) -> None:
+    """The stored sums of squares are those of x float32 [rows, width]."""
+    wanted = np.square(x).reshape(len(x), -1, GROUP).sum(-1)
+    np.testing.assert_allclose(device.download(a.squares), wanted, rtol=1e-5)
+
+
 def read_quantised(device: Device, a: Activations) -> np.ndarray:
     """What a reader of the int8 groups sees, float32 [rows, width]; checks the stored sums."""
     n = a.width // GROUP

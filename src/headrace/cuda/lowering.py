@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from ctypes import c_int, c_void_p, sizeof
+from ctypes import sizeof
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from headrace.cuda.products import (
 )
 from headrace.cuda.steps import Inputs, LayerCache, Step
 from headrace.cuda.token import Operations as TokenOperations
-from headrace.cuda.token import token, token_shape
+from headrace.cuda.token import TokenShape, layer_entry, token, token_shape
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
@@ -66,8 +66,8 @@ class Lowering:
         self._gains = dict(zip(decoder.operations, next_norms(decoder), strict=True))
         self.cache_shapes = cache_shapes(decoder, cache_type)
         self._rotations: dict[Rope, str] = {}
-        alike = one_kernel and not floats and cache_type == "f16"
-        self.token = token_shape(decoder, device) if alike else None
+        possible = one_kernel and not floats and cache_type == "f16"
+        self.token = token_shape(decoder, device) if possible else None
         self._reserve()
 
     # What is planned
@@ -188,23 +188,14 @@ class Lowering:
         """Steps read and write these from now on."""
         self.inputs, self.caches = inputs, caches
         if self.token is not None and inputs is not None:
-            table = (c.TokenLayer * len(self.token.layers))(
-                *map(self._token_layer, self.token.layers)
-            )
-            self.device.upload(
-                self.arena["token layers"].address, np.frombuffer(bytes(table), np.uint8)
-            )
+            table = b"".join(map(self._token_layer, self.token.layers))
+            self.device.upload(self.arena["token layers"].address, np.frombuffer(table, np.uint8))
 
-    def _token_layer(self, layer: TokenOperations) -> c.TokenLayer:
+    def _token_layer(self, layer: TokenOperations) -> bytes:
         qkv, _, out, up, down = layer
-        linear, cache = self.weights.linear, self.caches[qkv.layer]
+        linear = self.weights.linear
         matrices = [*self.qkv(qkv), *(linear(one) for one in (out.out, up.gate, up.up, down.down))]
-        return c.TokenLayer(
-            (c_void_p * 7)(*(m.address for m in matrices)),
-            (c_void_p * 7)(*(m.bias for m in matrices)),
-            (c_void_p * 2)(self._gain(out), self._gain(down)),
-            cache.keys, cache.values, (c_int * 7)(*(m.layout.qtype for m in matrices)), 0,
-        )  # fmt: skip
+        return layer_entry(matrices, [self._gain(out), self._gain(down)], self.caches[qkv.layer])
 
     def clear(self) -> None:
         """Zero what kernels expect zero, also after a fault: the arrival counters."""
@@ -220,27 +211,25 @@ class Lowering:
     # What runs
 
     def launches(self, step: Step) -> list[Launch]:
-        return [launch for _, launches in self.parts(step) for launch in launches]
-
-    def parts(self, step: Step) -> Iterator[tuple[list[Operation], list[Launch]]]:
-        """The launches of a step, in order, each with the operations that they are."""
-        operations = list(self.decoder.operations)
+        operations = self.decoder.operations
         if self.token is not None and step.n_rows == 1 and not self.brain(step):
-            body = operations[1:-1]
-            yield operations[:1], list(self.lower(operations[0], step))
-            yield body, [token(self.token, self._token(self.token.layers[0], step))]
-            operations = operations[-1:]
-        for op in operations:
-            yield [op], list(self.lower(op, step))
+            embed, head = operations[0], operations[-1]
+            return [
+                *self.lower(embed, step),
+                self._layers(self.token, step),
+                *self.lower(head, step),
+            ]
+        return [launch for op in operations for launch in self.lower(op, step)]
 
-    def _token(self, layer: TokenOperations, step: Step) -> c.Token:
-        qkv, attend = layer[:2]
-        return c.Token(
+    def _layers(self, shape: TokenShape, step: Step) -> Launch:
+        qkv, attend = shape.layers[0][:2]
+        arguments = c.Token(
             self.arena["token layers"].address, self.arena["token units"].address,
             self.activations("x", step).at(0), self.activations("hidden", step).at(0),
             self._attention(attend, self.activations("attention", step)),
             self.weights.turns(qkv.rope), self.arena["token barrier"].address,
         )  # fmt: skip
+        return token(shape, arguments)
 
     def lower(self, operation: Operation, step: Step) -> Iterator[Launch]:
         match operation:

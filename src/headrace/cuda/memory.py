@@ -29,15 +29,9 @@ def plan(
     none = {"tensor_rows": None, "few_rows": range(0), "prompt_rows": 0, "one_kernel": False}
     wanted = none | (options or best_options(device))
     lowering = Lowering(
-        decoder,
-        device,
-        weights,
-        max_rows,
-        floats=False,
-        cache_type=cache_type,
-        tuning=Tuning(),
-        **wanted,
-    )
+        decoder, device, weights, max_rows,
+        floats=False, cache_type=cache_type, tuning=Tuning(), **wanted,
+    )  # fmt: skip
     n_pages = -(-context // PAGE_SIZE)
     kv = cache.plan(lowering.cache_shapes, lowering.most_rows, n_pages)
     history = min(n_pages * PAGE_SIZE, decoder.config.context_length)

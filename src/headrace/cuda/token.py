@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import sizeof
+from ctypes import c_int, c_void_p, sizeof
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from headrace.cuda.compile import Specialisation
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES, PADDED_ROWS, TILE_COLUMNS, TILE_ROWS, TileLayout
-from headrace.cuda.products import GROUP, padded
+from headrace.cuda.products import GROUP, Matrix, padded
+from headrace.cuda.steps import LayerCache
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Attend,
@@ -126,6 +127,19 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         "GRID": len(units),
     }
     return TokenShape(layers, constants, units, stages * stage_bytes + rest)
+
+
+def layer_entry(matrices: Sequence[Matrix], gains: Sequence[int], cache: LayerCache) -> bytes:
+    """A layer's row of the kernel's table: q, k, v, output, gate, up, down; the gains of the norms
+    that read what the output and the down product leave."""
+    return bytes(
+        c.TokenLayer(
+            (c_void_p * 7)(*(m.address for m in matrices)),
+            (c_void_p * 7)(*(m.bias for m in matrices)),
+            (c_void_p * 2)(*gains), cache.keys, cache.values,
+            (c_int * 7)(*(m.layout.qtype for m in matrices)), 0,
+        )
+    )  # fmt: skip
 
 
 def token(shape: TokenShape, arguments: c.Token) -> Launch:

@@ -1,17 +1,16 @@
 // Attention of one row's query heads over one or more splits of its slot's cache: the work of ATTEND_WARPS warps that
 // meet at a barrier of their own. attend.cu runs it in a block of its own, token.cu beside others.
 //
-// Up to eight query heads of one kv head, and one split of the positions, at a time; a
-// warp takes 32 positions at a time, on tensor cores, straight from memory: keys lie in the cache as
-// fragments of K^T, values (transposed) as fragments of V. The sixteen rows of the mma are the eight
-// heads twice: q rounded to f16, and what the rounding left; likewise the probabilities. So nothing but
-// the cache itself is f16. Who finishes last joins the splits, in order.
+// Up to eight query heads of one kv head, and one split of the positions, at a time; a warp takes 32 positions, on
+// tensor cores, straight from memory: keys lie in the cache as fragments of K^T, values (transposed) as fragments of V.
+// The sixteen rows of the mma are the eight heads twice: q rounded to f16, and what the rounding left; likewise the
+// probabilities. So nothing but the cache itself is rounded. Who finishes last joins the splits, in order.
 //
 // How positions are split depends on the row's position alone: a row's result is bit-equal whatever the
 // grid and whoever else is in the step.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16; the cache pads it to one of 32), SCALE, WINDOW (0: none), SOFTCAP (0: none),
-// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, ATTEND_WARPS.
+// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, ATTEND_WARPS; KEYS_AHEAD if registers are few (attend_f16.cuh).
 #pragma once
 #include "activations.cuh"
 #include "kv_cache.cuh"
@@ -20,7 +19,6 @@ constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = 
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
-
 
 struct Attention {
   const float* q;          // [rows, HEADS × HEAD_DIM], rotated

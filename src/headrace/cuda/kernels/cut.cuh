@@ -1,5 +1,5 @@
-// How a product of up to three matrices of A, B and C rows that share x is cut into units of outputs, groups of four rows, and
-// tiles: stacked, or a pair (gate and up: output i takes row i of both).
+// How a product of up to three matrices of A, B and C rows that share x is cut into units of outputs, groups of four
+// rows, and tiles: stacked, or a pair (gate and up: output i takes row i of both).
 #pragma once
 #include "blocks.cuh"
 

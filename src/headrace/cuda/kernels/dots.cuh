@@ -10,9 +10,10 @@ struct X {
   const float* values;
 };
 
-// sum[t × 4 + r] = this lane's share of tile row r against row t of x, whose rows have so many columns; wait() returns the
-// tile when it is there.
-template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait> DEVICE void dot_tile(float (&sum)[N_ROWS * TILE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
+// sum[t × 4 + r] = this lane's share of tile row r against row t of x, whose rows have so many columns; wait() returns
+// the tile when it is there.
+template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait>
+DEVICE void dot_tile(float (&sum)[N_ROWS * TILE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
   if constexpr (TYPE != NONE) {
     using B = Block<TYPE>;
     const int blocks = Tiles<TYPE, COLUMNS>::blocks(slice);
@@ -94,7 +95,7 @@ template <int COLUMNS, int N_ROWS, bool FLOATS> DEVICE X x_at(const u8* shared) 
   return {(const int4*)shared, (const uint2*)(shared + N_ROWS * padded(COLUMNS)), (const float*)shared};
 }
 
-// Rows of x from `first_row` on into shared memory, and 1/rms of each. gain: the norm's, for floats. WARPS call.
+// Rows of x from `first_row` on into shared memory, and 1/rms of each. gain: the norm's, for floats. WARP_COUNT warps call.
 template <int COLUMNS, int N_ROWS, bool FLOATS, bool NORMED, int WARP_COUNT>
 DEVICE void load_x(const Rows& in, const float* gain, float eps, int first_row, int rows, u8* shared, float* inverse_rms) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

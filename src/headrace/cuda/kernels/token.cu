@@ -3,8 +3,8 @@
 // layers through one ring of shared memory, so that memory works on while the others finish an operation, wait for
 // the other blocks at a barrier in device memory, and load the next x.
 //
-// A stage of the ring holds STAGE_TILES tiles. Not more than AHEAD stages are under way at a time. More would fill the memory's queues, and the few loads that
-// everybody waits for, of counters and activations, would queue behind them.
+// A stage of the ring holds STAGE_TILES tiles. Not more than AHEAD stages are under way at a time: more would fill the
+// memory's queues, and the few loads that everybody waits for, of counters and activations, would queue behind them.
 //
 // Bit-equal to the launches it stands for: the same dots, epilogues and splits, in the same order.
 //
@@ -41,10 +41,9 @@ struct TokenArgs {
   const Layer* layers;   // [LAYERS]
   const Units* units;    // [GRID, LAYERS, PRODUCTS]
   Rows x, hidden;
-  Attention attention;   // whose cache has no keys and values
+  Attention attention;   // whose keys and values are each layer's own
   const double* turns;
   u32* barrier;          // how many arrivals there were, ever, and how many when the last launch ended
-  STAMPS                 // two for each of LAYERS × 5 operations
 };
 
 #if ARCH >= 90
@@ -59,7 +58,9 @@ struct Shared {
   Layer* layers;
   Units* units;       // [LAYERS, PRODUCTS]
   u8* work;           // of one operation: x, sums and 1/rms, or attention's
-  DEVICE explicit Shared(u8* p) : ring(p), full((u64*)(p + RING_BYTES)), empty(full + STAGES), layers((Layer*)(empty + STAGES)), units((Units*)(layers + LAYERS)), work((u8*)(units + LAYERS * PRODUCTS)) {}
+  DEVICE explicit Shared(u8* p)
+      : ring(p), full((u64*)(p + RING_BYTES)), empty(full + STAGES), layers((Layer*)(empty + STAGES)),
+        units((Units*)(layers + LAYERS)), work((u8*)(units + LAYERS * PRODUCTS)) {}
 };
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
