@@ -22,10 +22,17 @@ from headrace.synth import write_synthetic
 TOKENS = [5, 9, 301, 44, 17]
 
 
-@pytest.mark.parametrize("shape", ["llama-tiny", "qwen3-tiny", "gemma3-tiny"])
-def test_timed_steps_are_steps(device: Device, tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "one_kernel"),
+    [("llama-tiny", False), ("llama-tiny", True), ("qwen3-tiny", False), ("gemma3-tiny", False)],
+)
+def test_timed_steps_are_steps(
+    device: Device, tmp_path: Path, shape: str, one_kernel: bool
+) -> None:
     write_synthetic(tmp_path / "m.gguf", shape, "Q8_0")
-    runner = CUDARunner(load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8)
+    runner = CUDARunner(
+        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8, one_kernel=one_kernel
+    )
     assert isinstance(runner, InstrumentedRunner)
     runner.allocate_cache(2)
     instrument = runner.instrument()
@@ -53,6 +60,10 @@ def test_timed_steps_are_steps(device: Device, tmp_path: Path, shape: str) -> No
     )
     decoded = batches.one_sequence([wanted], 5, [0])
     assert step(True, decoded) == int(runner.step(decoded)[0].argmax())
+    spans = instrument.spans()
+    assert [s.part.operation for s in spans][-1] == len(runner.decoder.operations) - 1
+    assert {s.part.operation for s in spans} == set(range(len(runner.decoder.operations)))
+    assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
     runner.close()
 
 

@@ -325,15 +325,15 @@ class Executor:
         ``headrace.profile.layer`` makes records of it. x is not kept: give it anew each time."""
         begin, step = self._begin_layer(x, layer), self._step()
         launches: list[Launch] = []
-        parts: list[Part] = []
+        parts: list[list[Part]] = []
         for op in self._layers[layer]:
             made = list(self.lowering.lower(op, step))
             launches += made
-            parts += parts_of(self.decoder.operations.index(op), op, made)
+            parts += parts_of(self.decoder.operations.index(op), [op], made)
         if self._stamps is None:
             self._stamps = Stamps(self.device, _MOST_KERNELS)
         self._stamps.clear()
-        self.run([*begin, *self._stamps.timed(launches)])
+        self.run([*begin, *self._stamps.timed(launches, parts)])
         return self._stamps.spans(parts)
 
     # How they are put together

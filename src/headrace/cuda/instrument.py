@@ -25,7 +25,7 @@ _ROW = DecodeRow([0], [0], 1, SamplingParams(temperature=0), 0)
 class _Plan:
     """A step as a graph, plain and with time stamps."""
 
-    parts: list[Part]
+    parts: list[list[Part]]
     plain: Graph
     timed: Graph
 
@@ -93,16 +93,17 @@ class CUDAInstrument:
     def _capture(self, step: Step) -> _Plan:
         lowering = self._executor.lowering
         launches: list[Launch] = []
-        parts: list[Part] = []
-        for i, op in enumerate(self._operations):
-            if step.logit_runs or not isinstance(op, Head):
-                made = list(lowering.lower(op, step))
+        parts: list[list[Part]] = []
+        done = 0
+        for operations, made in lowering.plan(step):
+            if step.logit_runs or not isinstance(operations[0], Head):
                 launches += made
-                parts += parts_of(i, op, made)
+                parts += parts_of(done, operations, made)
+            done += len(operations)
         if step.logit_runs:
             launches.append(self._graphs.sampler.launch(lowering.arena["logits"], 1, None, None))
-            parts.append(Part(len(self._operations) - 1, "choice", (Work.SAMPLE,), FMAS))
-        timed = self._stamps.timed(launches)
+            parts.append([Part(done - 1, "choice", (Work.SAMPLE,), FMAS)])
+        timed = self._stamps.timed(launches, parts)
         self._device.prepare(launch.spec for launch in [*launches, *timed])
         return _Plan(parts, self._graph(launches), self._graph(timed))
 

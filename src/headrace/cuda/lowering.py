@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import sizeof
 from dataclasses import replace
 
@@ -211,15 +211,19 @@ class Lowering:
     # What runs
 
     def launches(self, step: Step) -> list[Launch]:
+        return [launch for _, launches in self.plan(step) for launch in launches]
+
+    def plan(self, step: Step) -> Iterator[tuple[Sequence[Operation], list[Launch]]]:
+        """(operations, what does them) of a step, in order."""
         operations = self.decoder.operations
         if self.token is not None and step.n_rows == 1 and not self.brain(step):
-            embed, head = operations[0], operations[-1]
-            return [
-                *self.lower(embed, step),
-                self._layers(self.token, step),
-                *self.lower(head, step),
-            ]
-        return [launch for op in operations for launch in self.lower(op, step)]
+            embed, *layers, head = operations
+            yield [embed], list(self.lower(embed, step))
+            yield layers, [self._layers(self.token, step)]
+            yield [head], list(self.lower(head, step))
+        else:
+            for operation in operations:
+                yield [operation], list(self.lower(operation, step))
 
     def _layers(self, shape: TokenShape, step: Step) -> Launch:
         qkv, attend = shape.layers[0][:2]

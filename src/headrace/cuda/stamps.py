@@ -1,13 +1,15 @@
 """Time stamps that kernels leave, and what each kernel of an operation does.
 
 Kernels compiled with TIMED note the device's global clock when their first block went on and when
-their last one ended (kernels/primitives.cuh). A kernel's time runs from the end of the one before
-to its own end; of it, what passed until its first block went on was spent between the kernels.
+their last one ended (kernels/primitives.cuh); ``token`` does so for each operation of each layer. A
+kernel's time runs from the end of the one before to its own end; of it, what passed until its first
+block went on was spent between the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -30,27 +32,32 @@ DOTS, FMAS, TENSORS = "int8 dot products", "float32 multiply-adds", "bfloat16 te
 
 
 class Stamps:
-    """Room for the stamps of ``capacity`` kernels."""
+    """Room for the stamps of ``capacity`` parts."""
 
     def __init__(self, device: Device, capacity: int) -> None:
         self._device = device
         address = device.allocate(16 * capacity, "time stamps")
         self._array = DeviceArray(address, (capacity, 2), np.dtype(np.uint64))
 
-    def timed(self, launches: Sequence[Launch]) -> list[Launch]:
-        """The same kernels, leaving their stamps here, in order."""
-        return [launchers.timed(x, self._array.row(i)) for i, x in enumerate(launches)]
+    def timed(
+        self, launches: Sequence[Launch], parts: Sequence[Sequence[Part]]
+    ) -> list[Launch]:
+        """The same kernels, leaving the stamps of each one's parts here, in order."""
+        before = accumulate((len(some) for some in parts[:-1]), initial=0)
+        rows = [self._array.row(i) for i in before]
+        return [launchers.timed(*one) for one in zip(launches, rows, strict=True)]
 
     def clear(self) -> None:
         """Before each run, in stream order."""
         self._device.clear(self._array.address, self._array.n_bytes)
 
-    def spans(self, parts: Sequence[Part]) -> list[Span]:
-        """What the last run did; waits for it."""
-        stamps = self._device.download(self._array)[: len(parts)]
+    def spans(self, parts: Sequence[Sequence[Part]]) -> list[Span]:
+        """What the last run of those kernels did; waits for it."""
+        flat = list(chain(*parts))
+        stamps = self._device.download(self._array)[: len(flat)]
         began, ended = (~stamps[:, 0]).tolist(), stamps[:, 1].tolist()
         spans, previous = [], began[0]
-        for part, first, last in zip(parts, began, ended, strict=True):
+        for part, first, last in zip(flat, began, ended, strict=True):
             end = max(previous, last)
             waiting = min(max(0, first - previous), end - previous)
             spans.append(Span(part, previous / 1e9, end / 1e9, waiting / 1e9))
@@ -61,17 +68,25 @@ class Stamps:
         self._device.free(self._array.address)
 
 
-def parts_of(index: int, op: Operation, launches: Sequence[Launch]) -> list[Part]:
-    """What the kernels that ``Lowering.lower`` made of operation ``index`` do."""
-    parts = []
-    for launch, (name, works) in zip(launches, _kernels(op, len(launches)), strict=True):
-        arithmetic = FMAS
-        if Work.MATMUL in works and launch.spec.name == "gemm":
-            arithmetic = TENSORS
-        elif Work.MATMUL in works and dict(launch.spec.macros)["FLOAT_ACTIVATIONS"] == "0":
-            arithmetic = DOTS
-        parts.append(Part(index, name, works, arithmetic))
-    return parts
+def parts_of(
+    index: int, operations: Sequence[Operation], launches: Sequence[Launch]
+) -> list[list[Part]]:
+    """What each of the kernels does that ``Lowering.plan`` made of these operations, which begin
+    with number ``index``: one operation has a part in each kernel, or one kernel does them all."""
+    if len(operations) > 1:
+        parts = [_kernels(op, 1)[0] for op in operations]
+        return [[_part(index + i, *part, launches[0]) for i, part in enumerate(parts)]]
+    kernels = zip(launches, _kernels(operations[0], len(launches)), strict=True)
+    return [[_part(index, *part, launch)] for launch, part in kernels]
+
+
+def _part(index: int, name: str, works: tuple[Work, ...], launch: Launch) -> Part:
+    arithmetic = FMAS
+    if Work.MATMUL in works and launch.spec.name == "gemm":
+        arithmetic = TENSORS
+    elif Work.MATMUL in works and dict(launch.spec.macros).get("FLOAT_ACTIVATIONS", "0") == "0":
+        arithmetic = DOTS
+    return Part(index, name, works, arithmetic)
 
 
 def _kernels(op: Operation, n: int) -> list[tuple[str, tuple[Work, ...]]]:

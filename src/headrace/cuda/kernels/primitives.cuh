@@ -196,8 +196,12 @@ struct Stopwatch {
   DEVICE ~Stopwatch() { if (threadIdx.x == 0) atomic_max(stamps + 1, global_time()); }
 };
 #define BEGIN(a) dependency_wait(); Stopwatch stopwatch(a.stamps)
+#define NOTE(stamp, time) atomic_max(stamp, time)
+#define GIVE_STAMPS(a) , a.stamps
 #else
 #define STAMPS
+#define NOTE(stamp, time)
+#define GIVE_STAMPS(a)
 #define BEGIN(a) dependency_wait()
 #endif
 

@@ -44,6 +44,7 @@ struct TokenArgs {
   Attention attention;   // whose keys and values are each layer's own
   const double* turns;
   u32* barrier;          // how many arrivals there were, ever, and how many when the last launch ended
+  STAMPS                 // two of each operation
 };
 
 #if ARCH >= 90
@@ -73,16 +74,26 @@ template <int TYPE = 0, class F> DEVICE void with_type(int type, F&& f) {
   else with_type<TYPE + 1>(type, f);
 }
 
-// The blocks' barrier: what any wrote before arrive() all see after wait(). Consumers call both.
+// The blocks' barrier between operations: what any wrote before arrive() all see after wait(). Consumers call both.
 struct Grid {
   u32 *arrivals, target;
+  STAMPS  // of the operation
   DEVICE void arrive() {
     sync_threads(1, CONSUMERS);
-    if (threadIdx.x == 0) add_release(arrivals, 1);
+    if (threadIdx.x == 0) {
+      NOTE(stamps + 1, global_time());
+      add_release(arrivals, 1);
+    }
     target += GRID;
+#if TIMED
+    stamps += 2;
+#endif
   }
   DEVICE void wait() const {
-    if (threadIdx.x == 0) wait_at_least(arrivals, target);
+    if (threadIdx.x == 0) {
+      wait_at_least(arrivals, target);
+      NOTE(stamps, ~global_time());
+    }
     sync_threads(1, CONSUMERS);
   }
 };
@@ -225,7 +236,7 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   }
   dependency_wait();
   const u32 begun = load_fresh(a.barrier + 1);
-  Grid grid = {a.barrier, begun};
+  Grid grid = {a.barrier, begun GIVE_STAMPS(a)};
   Attention attention = a.attention;
   for (int l = 0; l < LAYERS; ++l) {
     const Layer& layer = s.layers[l];
