@@ -52,9 +52,9 @@ ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 PAGE_SIZE = 64
 CACHE_GROUP = 32
 """Dims of a position that share a scale in a quantised cache."""
-SPLIT = 128
+SPLIT = 256
 """Positions of a split, at least."""
-ATTEND_WARPS = 4
+ATTEND_WARPS = 8
 ATTEND_PREFETCH = True
 
 
@@ -130,8 +130,8 @@ def head_tiles(n_heads: int, n_kv_heads: int) -> int:
 
 
 def max_splits(device: Device, n_heads: int, n_kv_heads: int) -> int:
-    """Splits of one row's positions, at most: two blocks for every multiprocessor."""
-    return min(64, max(1, 2 * device.sm_count // head_tiles(n_heads, n_kv_heads)))
+    """Splits of one row's positions, at most: a block for every multiprocessor."""
+    return min(64, max(1, device.sm_count // head_tiles(n_heads, n_kv_heads)))
 
 
 def attend(

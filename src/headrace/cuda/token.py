@@ -92,7 +92,7 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         device, shape, scale=at.scale, window=at.window, softcap=at.softcap
     )
     splits = launchers.max_splits(device, at.n_heads, at.n_kv_heads)
-    of_a_group = -(-launchers.attend_bytes(shape, splits) // 16) * 16
+    attend_bytes = -(-launchers.attend_bytes(shape, splits) // 16) * 16
     widest = max(qkv.q.k, out.out.k, down.down.k)
     partials = max(
         n * unit * (-(-k // TILE_COLUMNS) | 1)
@@ -102,11 +102,11 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         )
     )  # fmt: skip
     product_bytes = padded(widest) // GROUP * 24 + 4 * partials + 16
-    groups = max(1, min(WARPS // launchers.ATTEND_WARPS, product_bytes // of_a_group))
     tile_bytes = max(layout.max_tile_bytes for layout in flat)
     table = len(layers) * (sizeof(c.TokenLayer) + 4 * 8)
-    rest = table + max(product_bytes, groups * of_a_group)
-    stage_bytes = STAGE_TILES * tile_bytes + 16
+    rest = table + max(product_bytes, attend_bytes)
+    half_page = shape.page_bytes() // shape.n_kv_heads // 2
+    stage_bytes = max(STAGE_TILES * tile_bytes, half_page) + 16
     stages = min(24, (device.shared_limit - rest) // stage_bytes)
     if stages < _FEWEST_STAGES:
         return None
@@ -122,9 +122,8 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         "STAGES": stages,
         "AHEAD": AHEAD,
         "PARTIALS": partials,
-        "ATTEND_GROUPS": groups,
-        "KEYS_AHEAD": 2,
         "GRID": len(units),
+        "KEYS_AHEAD": 1,
     }
     return TokenShape(layers, constants, units, stages * stage_bytes + rest)
 

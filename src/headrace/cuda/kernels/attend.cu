@@ -17,7 +17,7 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   dependents_launch();
   const Target target(a.cache, blockIdx.z, blockIdx.x);
   const int split = blockIdx.y, warp = threadIdx.x >> 5;
-  const u64 page = target.first_page(a.cache, split, warp);
+  u64 page = target.first_page(a.cache, split, warp);
   if (PREFETCH && split < target.splits.count) {
     const int base = first_base(target.splits, split, warp);
     if (base <= target.position) prefetch(a.cache, page, target.kv_head, base);
@@ -25,6 +25,15 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   BEGIN(args);
   if (split >= target.splits.count) return;
   u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
-  attend_splits(a, target, split, gridDim.y, page, shared, arrived, threadIdx.x, sync_block);
+  auto read = [&](Warp& w, const uint4* q, int one) {
+    const Range range = range_of(target.splits, one, target.position);
+    int base = first_base(target.splits, one, warp);
+    if (one != split && base < range.high) page = a.cache.page(target.slot, base);
+    for (; base < range.high; base += ATTEND_WARPS * STEP) {
+      w.step(q, InMemory{a.cache, page, target.kv_head, base}, base, range.low, range.high);
+      if (base + ATTEND_WARPS * STEP < range.high) page = a.cache.page(target.slot, base + ATTEND_WARPS * STEP);
+    }
+  };
+  attend_splits(a, target, split, gridDim.y, shared, arrived, threadIdx.x, read, sync_block);
 }
 HOST_ENTRY(attend, AttendArgs)

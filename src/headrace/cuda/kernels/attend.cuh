@@ -10,7 +10,7 @@
 // grid and whoever else is in the step.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16; the cache pads it to one of 32), SCALE, WINDOW (0: none), SOFTCAP (0: none),
-// SPLIT (positions, at least; a multiple of 32), MAX_SPLITS, ATTEND_WARPS; KEYS_AHEAD if registers are few (attend_f16.cuh).
+// SPLIT (positions, at least; a multiple of 64), MAX_SPLITS, ATTEND_WARPS; KEYS_AHEAD if registers are few (attend_f16.cuh).
 #pragma once
 #include "activations.cuh"
 #include "kv_cache.cuh"
@@ -33,13 +33,18 @@ struct Splits { int begin, first, size, count; };  // `size` positions each, fro
 
 DEVICE Splits splits_of(int position) {
   const int begin = WINDOW ? max(0, position + 1 - WINDOW) : 0;
-  const int size = SPLIT * ((position + SPLIT * MAX_SPLITS) / (SPLIT * MAX_SPLITS));
+  const int size = max(SPLIT, (position + PAGE_SIZE * MAX_SPLITS) / (PAGE_SIZE * MAX_SPLITS) * PAGE_SIZE);
   return {begin, begin / size, size, position / size - begin / size + 1};
 }
 
-// The first position of a warp's first step in a split.
+struct Range { int low, high; };  // positions
+DEVICE Range range_of(const Splits& s, int split, int position) {
+  const int start = (s.first + split) * s.size;
+  return {max(start, s.begin), min(start + s.size, position + 1)};
+}
+// The first position of a warp's first step; the steps of a split begin with a page.
 DEVICE int first_base(const Splits& s, int split, int warp) {
-  return max((s.first + split) * s.size, s.begin) / STEP * STEP + warp * STEP;
+  return max((s.first + split) * s.size, s.begin) / PAGE_SIZE * PAGE_SIZE + warp * STEP;
 }
 
 // weights[head, s] = what split s counts in the whole: exp(its maximum − the greatest) / the sum. A warp a head.
@@ -109,12 +114,11 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
   float accumulator[CACHE_DIM / 8][4] = {};
   float largest = -INFINITY, sum = 0.f;
 
-  // Positions base … base + 31, in `page`, of which [low, high) count.
-  DEVICE void step(const uint4* q, const Cache& cache, u64 page, int head, int base, int low, int high) {
+  // Positions base … base + 31, which `cached` has, and of which [low, high) count.
+  template <class Cached> DEVICE void step(const uint4* q, const Cached& cached, int base, int low, int high) {
     const int quad = threadIdx.x & 3;
-    const Values values(cache, page, head, base);
     float p[4][2] = {}, step_largest = -INFINITY;  // of position base + 8 quad + 2 tile + e: score, then probability
-    add_scores(p, q, cache, page, head, base);
+    cached.scores(p, q);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
@@ -142,7 +146,7 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
 #pragma unroll
       for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
     // Of the lane's eight positions, those that exist count.
-    add_values(accumulator, p, values, high - base - 8 * quad);
+    cached.values(accumulator, p, high - base - 8 * quad);
   }
 };
 
@@ -161,13 +165,13 @@ struct Target {
   }
 };
 
-// Splits `first`, `first` + `stride`, … of a target, by the ATTEND_WARPS warps of which `thread` is one. page: that of the
-// thread's first step. shared: ATTEND_BYTES. arrived: the target's own, zero between launches. sync(): their barrier.
-template <class Sync>
-DEVICE void attend_splits(const Attention& a, const Target& t, int first, int stride, u64 page, u8* shared, u32* arrived, int thread, Sync&& sync) {
-  const int row = t.row, slot = t.slot, position = t.position, kv_head = t.kv_head, first_head = t.first_head, heads = t.heads;
+// Splits `first`, `first` + `stride`, … of a target, by the ATTEND_WARPS warps of which `thread` is one. read(w, q, split)
+// takes the thread's warp's steps of a split. shared: ATTEND_BYTES. arrived: the target's own, zero between launches.
+// sync(): their barrier.
+template <class Read, class Sync>
+DEVICE void attend_splits(const Attention& a, const Target& t, int first, int stride, u8* shared, u32* arrived, int thread, Read&& read, Sync&& sync) {
+  const int row = t.row, first_head = t.first_head, heads = t.heads;
   const Splits splits = t.splits;
-  const Cache& cache = a.cache;
   uint4* const q = (uint4*)shared;                                 // [FRAGMENTS, lane]
   float* const sums = (float*)(q + FRAGMENTS * 32);                // [ATTEND_WARPS, MOST_HEADS, CACHE_DIM]
   float2* const max_sums = (float2*)(sums + ATTEND_WARPS * MOST_HEADS * CACHE_DIM);  // [ATTEND_WARPS, MOST_HEADS]
@@ -194,13 +198,8 @@ DEVICE void attend_splits(const Attention& a, const Target& t, int first, int st
   };
 
   for (int split = first; split < splits.count; split += stride) {
-    const int start = (splits.first + split) * splits.size;
-    const int low = max(start, splits.begin), high = min(start + splits.size, position + 1);
     Warp w;
-    for (int base = low / STEP * STEP + warp * STEP; base < high; base += ATTEND_WARPS * STEP) {
-      w.step(q, cache, page, kv_head, base, low, high);
-      if (base + ATTEND_WARPS * STEP < high) page = cache.page(slot, base + ATTEND_WARPS * STEP);
-    }
+    read(w, q, split);
     w.sum += shuffle_xor(w.sum, 1);
     w.sum += shuffle_xor(w.sum, 2);
     if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
@@ -244,8 +243,6 @@ DEVICE void attend_splits(const Attention& a, const Target& t, int first, int st
       join(thread, a.partial + at * CACHE_DIM, heads, splits.count, weights, sums);
       sync();
       for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
-    } else if (split + stride < splits.count) {
-      page = cache.page(slot, first_base(splits, split + stride, warp));
     }
   }
 }

@@ -1,4 +1,4 @@
-// attend.cuh's products with a cache in f16, of positions base … base + 31 of a page.
+// attend.cuh's products with a cache in f16, of 32 positions.
 #pragma once
 #include "kv_cache.cuh"
 
@@ -6,18 +6,20 @@
 #define KEYS_AHEAD (CACHE_DIM > 128 ? 2 : 8)  // the accumulators of 256 dims leave few registers
 #endif
 
-// q·k of position base + 8 quad + 2 tile + e to score[tile][e], for head `lane / 4`.
-DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache, u64 page, int head, int base) {
-  const int lane = lane_now(), row = lane >> 2, quad = lane & 3;
+// Where a warp's lane reads 32 positions: position key_position(tile) is column n = lane / 4 of a tile. Then the lane's
+// probabilities are those of positions 8 quad … 8 quad + 7, which is how it reads the values.
+DEVICE int key_position(int tile) { const int n = lane_now() >> 2; return 8 * (n >> 1) + 2 * tile + (n & 1); }
+
+// q·k of position base + 8 quad + 2 tile + e to score[tile][e], for head `lane / 4`. key(tile, j): of the lane's position
+// dims 32 j + 8 quad … + 7.
+template <class Key> DEVICE void add_scores(float (&score)[4][2], const uint4* q, Key&& key) {
+  const int lane = lane_now();
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
-    // Column n of this tile is position 8 (n / 2) + 2 tile + n % 2: then the lane's probabilities
-    // are those of positions 8 quad … 8 quad + 7, which is how it will load the values.
-    const uint4* key = (const uint4*)cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1));
     float sums[4] = {};
 #pragma unroll(KEYS_AHEAD)
     for (int j = 0; j < CACHE_DIM / 32; ++j) {
-      const uint4 k = load_fresh(key + 4 * j + quad);
+      const uint4 k = key(tile, j);
       mma_f16(sums, q[2 * j * 32 + lane], k.x, k.y);
       mma_f16(sums, q[(2 * j + 1) * 32 + lane], k.z, k.w);
     }
@@ -26,16 +28,9 @@ DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache,
   }
 }
 
-// The lane's eight positions of dim 8d + lane / 4.
-struct Values {
-  const u16* at;
-  DEVICE Values(const Cache& cache, u64 page, int head, int base)
-      : at(cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3)) {}
-  DEVICE uint4 operator[](int d) const { return load_fresh((const uint4*)(at + 8 * d * PAGE_SIZE)); }
-};
-
-// Σ p v to the accumulator; p as the scores were, of which the first `count` of a lane's eight exist.
-DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], const Values& values, int count) {
+// Σ p v to the accumulator; p as the scores were, of which the first `count` of a lane's eight exist. value(d): the lane's
+// eight positions of dim 8d + lane / 4.
+template <class Value> DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], Value&& value, int count) {
   uint4 weights[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -44,9 +39,26 @@ DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[
   }
 #pragma unroll
   for (int d = 0; d < CACHE_DIM / 8; ++d) {
-    uint4 v = values[d];
+    uint4 v = value(d);
     if (count < 8) clear_beyond(v, count);
     mma_f16(accumulator[d], weights[0], v.x, v.y);
     mma_f16(accumulator[d], weights[1], v.z, v.w);
   }
 }
+
+// Positions base … base + 31 of a page, straight from memory.
+struct InMemory {
+  const Cache& cache;
+  u64 page;
+  int head, base;
+  DEVICE void scores(float (&score)[4][2], const uint4* q) const {
+    const int quad = lane_now() & 3;
+    add_scores(score, q, [&](int tile, int j) {
+      return load_fresh((const uint4*)cache.key(page, head, base + key_position(tile)) + 4 * j + quad);
+    });
+  }
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+    const u16* at = cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3);
+    add_values(accumulator, p, [&](int d) { return load_fresh((const uint4*)(at + 8 * d * PAGE_SIZE)); }, count);
+  }
+};

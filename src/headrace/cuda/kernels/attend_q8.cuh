@@ -13,51 +13,52 @@ DEVICE float scale_at(const uint4& scales, int i) {
   return half_to_float((u16)(words[i >> 1] >> (16 * (i & 1))));
 }
 
-DEVICE void add_scores(float (&score)[4][2], const uint4* q, const Cache& cache, u64 page, int head, int base) {
-  const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+// Positions base … base + 31 of a page, straight from memory.
+struct InMemory {
+  const Cache& cache;
+  u64 page;
+  int head, base;
+
+  DEVICE void scores(float (&score)[4][2], const uint4* q) const {
+    const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
 #pragma unroll(CACHE_DIM > 128 ? 1 : 4)  // the accumulators of 256 dims leave few registers
-  for (int group = 0; group < SCALE_GROUPS; ++group) {
-    const uint4 scales = load_scales(scales_from(cache.key_scales(page, head), base), group);
+    for (int group = 0; group < SCALE_GROUPS; ++group) {
+      const uint4 scales = load_scales(scales_from(cache.key_scales(page, head), base), group);
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      const u8* key = cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1)) + group * CACHE_GROUP;
-      const uint2 k = load_fresh((const uint2*)key + quad), a = quants_to_halves(k.x), b = quants_to_halves(k.y);
-      float sums[4] = {};
-      mma_f16(sums, q[2 * group * 32 + lane], a.x, a.y);
-      mma_f16(sums, q[(2 * group + 1) * 32 + lane], b.x, b.y);
+      for (int tile = 0; tile < 4; ++tile) {
+        const u8* key = cache.key(page, head, base + 8 * (row >> 1) + 2 * tile + (row & 1)) + group * CACHE_GROUP;
+        const uint2 k = load_fresh((const uint2*)key + quad), a = quants_to_halves(k.x), b = quants_to_halves(k.y);
+        float sums[4] = {};
+        mma_f16(sums, q[2 * group * 32 + lane], a.x, a.y);
+        mma_f16(sums, q[(2 * group + 1) * 32 + lane], b.x, b.y);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) score[tile][e] = fmaf(sums[e] + sums[e + 2], scale_at(scales, 2 * tile + e), score[tile][e]);
+        for (int e = 0; e < 2; ++e) score[tile][e] = fmaf(sums[e] + sums[e + 2], scale_at(scales, 2 * tile + e), score[tile][e]);
+      }
     }
   }
-}
 
-struct Values {
-  const u8* at;
-  const uint4* scales;
-  DEVICE Values(const Cache& cache, u64 page, int head, int base)
-      : at(cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3)),
-        scales(scales_from(cache.value_scales(page, head), base)) {}
-  DEVICE uint2 operator[](int d) const { return load_fresh((const uint2*)(at + 8 * d * PAGE_SIZE)); }
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+    const u8* at = cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3);
+    const uint4* all_scales = scales_from(cache.value_scales(page, head), base);
+#pragma unroll
+    for (int group = 0; group < SCALE_GROUPS; ++group) {
+      uint4 scales = load_scales(all_scales, group);
+      if (count < 8) clear_beyond(scales, count);
+      // Times 64, and the quants divided by it: p times a small scale would be no normal f16.
+      auto weight = [&](int i) { return p[i >> 1][i & 1] * 64.f * scale_at(scales, i); };
+      uint4 weights[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        split_halves(weight(4 * i), weight(4 * i + 1), weights[i].x, weights[i].y);
+        split_halves(weight(4 * i + 2), weight(4 * i + 3), weights[i].z, weights[i].w);
+      }
+#pragma unroll
+      for (int d = 4 * group; d < 4 * group + 4; ++d) {
+        const uint2 v = load_fresh((const uint2*)(at + 8 * d * PAGE_SIZE));
+        const uint2 a = quants_to_halves<true>(v.x), b = quants_to_halves<true>(v.y);
+        mma_f16(accumulator[d], weights[0], a.x, a.y);
+        mma_f16(accumulator[d], weights[1], b.x, b.y);
+      }
+    }
+  }
 };
-
-DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], const Values& values, int count) {
-#pragma unroll
-  for (int group = 0; group < SCALE_GROUPS; ++group) {
-    uint4 scales = load_scales(values.scales, group);
-    if (count < 8) clear_beyond(scales, count);
-    // Times 64, and the quants divided by it: p times a small scale would be no normal f16.
-    auto weight = [&](int i) { return p[i >> 1][i & 1] * 64.f * scale_at(scales, i); };
-    uint4 weights[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      split_halves(weight(4 * i), weight(4 * i + 1), weights[i].x, weights[i].y);
-      split_halves(weight(4 * i + 2), weight(4 * i + 3), weights[i].z, weights[i].w);
-    }
-#pragma unroll
-    for (int d = 4 * group; d < 4 * group + 4; ++d) {
-      const uint2 v = values[d], a = quants_to_halves<true>(v.x), b = quants_to_halves<true>(v.y);
-      mma_f16(accumulator[d], weights[0], a.x, a.y);
-      mma_f16(accumulator[d], weights[1], b.x, b.y);
-    }
-  }
-}

@@ -198,6 +198,7 @@ DEVICE void barrier_init(u64* barrier, u32 arrivals) {
   *(host::Barrier*)barrier = {0, (u8)arrivals, (u16)arrivals, 0};
 }
 DEVICE void barrier_init_fence() {}
+DEVICE void fence_async() {}
 DEVICE void barrier_arrive_expect(u64* barrier, u32 bytes) {
   host::Barrier* b = (host::Barrier*)barrier;
   b->bytes += (int32_t)bytes;

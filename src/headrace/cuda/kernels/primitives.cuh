@@ -162,6 +162,8 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// Between plain stores of this or another thread and bulk copies that read what was stored.
+DEVICE void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // bytes and both addresses are multiples of 16.
 DEVICE void copy_bulk(void* target, const void* source, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

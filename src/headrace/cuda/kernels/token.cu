@@ -3,23 +3,39 @@
 // layers through one ring of shared memory, so that memory works on while the others finish an operation, wait for
 // the other blocks at a barrier in device memory, and load the next x.
 //
-// A stage of the ring holds STAGE_TILES tiles. Not more than AHEAD stages are under way at a time: more would fill the
-// memory's queues, and the few loads that everybody waits for, of counters and activations, would queue behind them.
+// A stage of the ring holds STAGE_TILES tiles of a matrix, keys of 32 positions, or values of half of the dims of a page.
+// Not more than AHEAD stages are under way at a time: more would fill the memory's queues, and the few loads that everybody
+// waits for, of counters and activations, would queue behind them.
 //
 // Bit-equal to the launches it stands for: the same dots, epilogues and splits, in the same order.
 //
 // Macros: LAYERS, D_MODEL, D_FF, TYPES (a bit for each type of the weights), EPS, ACTIVATION; attend.cuh's and
-// kv_cache.cuh's; WARPS, TILE_BYTES and STAGES of the ring, AHEAD, PARTIALS (floats), ATTEND_GROUPS, GRID.
+// kv_cache.cuh's (of f16); WARPS, TILE_BYTES and STAGES of the ring, AHEAD, PARTIALS (floats), GRID.
 #include "attend.cuh"
 #include "cut.cuh"
 #include "dots.cuh"
 #include "epilogues.cuh"
 
 enum { QKV, OUT, GATE_UP, DOWN, PRODUCTS };
+constexpr int BARRIERS = PRODUCTS + 1, HEADS_APART = KV_HEADS * HEAD_TILES;  // barriers: of a layer
+
+struct Units { int first, last; };     // of a block
+struct Stretch { int first, groups; };  // of four rows, of one matrix
 
 template <int FIRST_, bool NORM_, int K_, int UNIT, bool IS_PAIR, int A, int B = 0, int C = 0> struct Operation : Cut<K_, UNIT, IS_PAIR, A, B, C> {
   static constexpr int FIRST = FIRST_, COLUMNS = K_, UNIT_ROWS = UNIT;  // FIRST: of its matrices in Layer
   static constexpr bool NORM = NORM_, PAIRED = IS_PAIR;
+  static constexpr int MATRICES = 1 + (B > 0) + (C > 0);
+  // What a block's units have of matrix M: neighbours. A pair's are the same of both.
+  template <int M> static DEVICE Stretch stretch(const Units& u) {
+    const int first = u.first * (UNIT / TILE_ROWS), last = u.last * (UNIT / TILE_ROWS);
+    if (IS_PAIR) return {first, last - first};
+    constexpr int rows[] = {A, B, C}, padded_rows[] = {(A + 15) / 16 * 16, (B + 15) / 16 * 16};
+    constexpr int before = ((M > 0 ? padded_rows[0] : 0) + (M > 1 ? padded_rows[1] : 0)) / TILE_ROWS;
+    constexpr int groups = (rows[M] + 15) / 16 * 16 / TILE_ROWS;
+    const int from = max(first - before, 0), to = min(last - before, groups);
+    return {from, max(to - from, 0)};
+  }
 };
 constexpr int Q_ROWS = HEADS * HEAD_DIM, KV_ROWS = KV_HEADS * HEAD_DIM;
 template <int OP> struct Of;
@@ -35,7 +51,6 @@ struct Layer {
   u8 *keys, *values;
   int types[7], unused;
 };
-struct Units { int first, last; };  // of a block
 
 struct TokenArgs {
   const Layer* layers;   // [LAYERS]
@@ -49,9 +64,24 @@ struct TokenArgs {
 
 #if ARCH >= 90
 constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32, STAGE_TILES = 4;
-constexpr int RING_BYTES = STAGES * STAGE_TILES * TILE_BYTES, TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
-constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, ATTEND_GROUPS * ((ATTEND_BYTES + 15) / 16 * 16));
+constexpr int HALF_PAGE = HEAD_BYTES / 2, STAGE_BYTES = larger(STAGE_TILES * TILE_BYTES, HALF_PAGE);
+constexpr int RING_BYTES = STAGES * STAGE_BYTES, TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
+constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, (ATTEND_BYTES + 15) / 16 * 16);
 constexpr int SHARED_BYTES = RING_BYTES + 2 * STAGES * 8 + TABLE_BYTES + WORK_BYTES;
+
+struct Stage {
+  u8* memory;
+  u64 *full, *empty;  // its copy has arrived; STAGE_TILES readers are done
+  u32 parity;
+  DEVICE const u8* wait() const {
+    barrier_wait(full, parity);
+    return memory;
+  }
+  DEVICE void release(int readers) const {  // the whole warp calls, which counts for so many
+    sync_warp();
+    if (lane_now() < readers) barrier_arrive(empty);
+  }
+};
 
 struct Shared {
   u8* ring;
@@ -62,6 +92,10 @@ struct Shared {
   DEVICE explicit Shared(u8* p)
       : ring(p), full((u64*)(p + RING_BYTES)), empty(full + STAGES), layers((Layer*)(empty + STAGES)),
         units((Units*)(layers + LAYERS)), work((u8*)(units + LAYERS * PRODUCTS)) {}
+  DEVICE Stage stage(u32 n) const {
+    const u32 i = n % STAGES;
+    return {ring + i * STAGE_BYTES, full + i, empty + i, n / STAGES & 1};
+  }
 };
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
@@ -98,36 +132,85 @@ struct Grid {
   }
 };
 
-// Streams a block's tiles of one product, a stage at a time, by STAGE_TILES lanes; n: the stages before.
-template <int OP> DEVICE void produce(const Shared& s, const Layer& layer, const Units& units, u32& n) {
-  using O = Of<OP>;
-  const int lane = threadIdx.x & 31, tiles = (units.last - units.first) * O::UNIT_TILES;
-  for (int t = lane; t - lane < tiles; t += STAGE_TILES, ++n) {
-    const Place p = O::place(units.first, t);
-    const u8* source = nullptr;
-    u32 bytes = 0;
-    if (t < tiles)
-      with_type(layer.types[O::FIRST + p.segment], [&](auto type) {
-        using T = Tiles<decltype(type)::value, O::COLUMNS>;
-        source = layer.weights[O::FIRST + p.segment] + T::offset(p.group, p.slice), bytes = T::bytes(p.slice);
-      });
-    const u32 stage = n % STAGES, before = n - AHEAD;
-    barrier_wait(s.empty + stage, n / STAGES & 1 ^ 1);
-    if (n >= AHEAD) barrier_wait(s.full + before % STAGES, before / STAGES & 1);
-    if (t < tiles) {
-      barrier_arrive_expect(s.full + stage, bytes);
-      copy_bulk(s.ring + (stage * STAGE_TILES + lane) * TILE_BYTES, source, bytes, s.full + stage);
-    } else {  // nobody will read what is not there
-      barrier_arrive(s.full + stage);
-      barrier_arrive(s.empty + stage);
+// The one thread that fills the ring.
+struct Producer {
+  const Shared& s;
+  u32 n = 0;
+  DEVICE void put(const void* source, u32 bytes, int readers = STAGE_TILES) {
+    const Stage stage = s.stage(n), before = s.stage(n - AHEAD);
+    barrier_wait(stage.empty, stage.parity ^ 1);
+    if (n >= AHEAD) barrier_wait(before.full, before.parity);
+    barrier_arrive_expect(stage.full, bytes);
+    copy_bulk(stage.memory, source, bytes, stage.full);
+    for (; readers < STAGE_TILES; ++readers) barrier_arrive(stage.empty);  // for those that will not come
+    ++n;
+  }
+  template <int OP, int M = 0> DEVICE void product(const Layer& layer, const Units& units) {
+    using O = Of<OP>;
+    const Stretch here = O::template stretch<M>(units);
+    const int tiles = here.groups * O::SLICES;
+    with_type(layer.types[O::FIRST + M], [&](auto type) {
+      using T = Tiles<decltype(type)::value, O::COLUMNS>;
+      const u8* source = layer.weights[O::FIRST + M] + (u64)here.first * T::GROUP_BYTES;
+      for (int t = 0; t < tiles; t += STAGE_TILES) {
+        const int readers = min(STAGE_TILES, tiles - t);
+        const u32 bytes = T::span(t, t + readers);
+        put(source, bytes, readers);
+        source += bytes;
+      }
+    });
+    if constexpr (M + 1 < O::MATRICES) product<OP, M + 1>(layer, units);
+  }
+  // Of each page of the block's splits: the keys of 32 positions, twice where there are more, and the values of half of
+  // the dims, twice. written: what the barrier has counted when this token's keys and values are.
+  DEVICE void attention(const Cache& cache, const u32* arrivals, u32 written) {
+    for (int item = blockIdx.x;; item += GRID) {
+      const Target target(cache, 0, item % HEADS_APART);
+      if (item >= HEADS_APART * target.splits.count) return;
+      const Range range = range_of(target.splits, item / HEADS_APART, target.position);
+      int position = range.low / PAGE_SIZE * PAGE_SIZE;
+      for (u64 page = cache.page(target.slot, position), next = page; position < range.high; position += PAGE_SIZE, page = next) {
+        if (position + PAGE_SIZE < range.high) next = cache.page(target.slot, position + PAGE_SIZE);
+        if (position + PAGE_SIZE > target.position) {
+          wait_at_least(arrivals, written);
+          fence_async();
+        }
+        const Cached *keys = cache.key(page, target.kv_head, 0), *values = cache.value(page, target.kv_head, 0);
+        put(keys, HALF_PAGE);
+        if (range.high - position > STEP) put((const u8*)keys + HALF_PAGE, HALF_PAGE);
+        put(values, HALF_PAGE);
+        put((const u8*)values + HALF_PAGE, HALF_PAGE);
+      }
     }
   }
+};
+
+// The block's tiles of matrices M … of a product, whose first stage is n, to `partial`. t: the warp's next tile of all of
+// them, of which `done` belong to the matrices before.
+template <int OP, int M = 0> DEVICE void multiply(const Shared& s, const Layer& layer, const Units& units, const X& x, float* partial, u32& n, int t, int done = 0) {
+  using O = Of<OP>;
+  const int lane = lane_now(), tiles = O::template stretch<M>(units).groups * O::SLICES;
+  with_type(layer.types[O::FIRST + M], [&](auto type) {
+    using T = Tiles<decltype(type)::value, O::COLUMNS>;
+    for (; t < done + tiles; t += WARPS) {
+      const int mine = t - done, slice = mine % O::SLICES;
+      const Stage stage = s.stage(n + mine / STAGE_TILES);
+      float sum[TILE_ROWS] = {};
+      auto wait = [&] { return stage.wait() + T::span(mine / STAGE_TILES * STAGE_TILES, mine); };
+      dot_tile<decltype(type)::value, O::COLUMNS, 1, false>(sum, wait, x, slice, lane);
+      stage.release(1);
+      const float total = warp_sum_transposed(sum);
+      if (lane % 8 == 0) partial[(t / O::SLICES * TILE_ROWS + lane / 8) * O::PITCH + slice] = total;
+    }
+  });
+  n += (tiles + STAGE_TILES - 1) / STAGE_TILES;
+  if constexpr (M + 1 < O::MATRICES) multiply<OP, M + 1>(s, layer, units, x, partial, n, t, done + tiles);
 }
 
 // One product of all of the block's units: waits for x, and leaves the results to `out`.
 template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Layer& layer, const Units& units, const Rows& in, const Epilogue& out, Grid& grid, u32& n) {
   using O = Of<OP>;
-  const int lane = lane_now(), warp = threadIdx.x >> 5, count = units.last - units.first, tiles = count * O::UNIT_TILES;
+  const int count = units.last - units.first, outputs = count * O::UNIT_ROWS;
   float* const partial = (float*)(s.work + X_BYTES_OF<WIDEST, 1, false>);
   float* const inverse_rms = partial + PARTIALS;
   auto bias_of = [&](const Output& o) {
@@ -141,25 +224,7 @@ template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Lay
   out.fetch(ready, 0, mine.n, mine.live);
   load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(in, nullptr, EPS, 0, 1, s.work, inverse_rms);
   sync_threads(1, CONSUMERS);
-  const X x = x_at<O::COLUMNS, 1, false>(s.work);
-
-  for (int t = warp; t < tiles; t += WARPS) {
-    const Place p = O::place(units.first, t);
-    const u32 number = n + t / STAGE_TILES, stage = number % STAGES;
-    auto wait = [&] {
-      barrier_wait(s.full + stage, number / STAGES & 1);
-      return (const u8*)s.ring + (stage * STAGE_TILES + t % STAGE_TILES) * TILE_BYTES;
-    };
-    float sum[TILE_ROWS] = {};
-    with_type(layer.types[O::FIRST + p.segment], [&](auto type) {
-      dot_tile<decltype(type)::value, O::COLUMNS, 1, false>(sum, wait, x, p.slice, lane);
-    });
-    sync_warp();
-    if (lane == 0) barrier_arrive(s.empty + stage);
-    const float total = warp_sum_transposed(sum);
-    if (lane % 8 == 0) partial[(t / O::SLICES * TILE_ROWS + lane / 8) * O::PITCH + p.slice] = total;
-  }
-  n += (tiles + STAGE_TILES - 1) / STAGE_TILES;
+  multiply<OP>(s, layer, units, x_at<O::COLUMNS, 1, false>(s.work), partial, n, threadIdx.x >> 5);
   sync_threads(1, CONSUMERS);
 
   auto result = [&](int local) {  // sum over the slices, in order
@@ -169,7 +234,6 @@ template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Lay
     for (int i = 1; i < O::SLICES; ++i) v += p[i];
     return O::NORM ? v * *inverse_rms : v;
   };
-  const int outputs = count * O::UNIT_ROWS;
   for (int i = threadIdx.x; i < (outputs + 31) / 32 * 32; i += CONSUMERS) {
     if (i >= CONSUMERS) {
       mine = O::output(units.first, count, 1, i);
@@ -177,32 +241,61 @@ template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Lay
       out.fetch(ready, 0, mine.n, mine.live);
       bias = bias_of(mine);
     }
-    if constexpr (O::PAIRED) out.finish(ready, 0, mine.n, result(mine.local), result(mine.local + O::UNIT_ROWS), mine.live);
-    else out.finish(ready, 0, mine.segment, mine.n, result(mine.local) + bias, mine.live);
+    const int local = i < outputs ? i : 0;  // all of a pair's first matrix come before the second's
+    if constexpr (O::PAIRED) out.finish(ready, 0, mine.n, result(local), result(outputs + local), mine.live);
+    else out.finish(ready, 0, mine.segment, mine.n, result(local) + bias, mine.live);
   }
+  if (OP == QKV) fence_async();  // the ring's copies read what was written to the cache
   grid.arrive();
 }
 
-// Groups of ATTEND_WARPS warps take splits of heads in turns.
-DEVICE void attend(const Attention& a, u8* shared, Grid& grid) {
-  constexpr int THREADS = ATTEND_WARPS * 32, HEADS_APART = KV_HEADS * HEAD_TILES, APART = GRID * ATTEND_GROUPS;
-  const int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS / 32 * 32 + lane_now();
-  if (group < ATTEND_GROUPS) {
-    int item = blockIdx.x + GRID * group;
-    Target target(a.cache, 0, item % HEADS_APART);
-    u64 page = target.first_page(a.cache, item / HEADS_APART, thread >> 5);
-    const int base = first_base(target.splits, item / HEADS_APART, thread >> 5);
-    if (item < HEADS_APART * target.splits.count && base <= target.position) prefetch(a.cache, page, target.kv_head, base);
-    grid.wait();
-    while (item < HEADS_APART * target.splits.count) {
-      attend_splits(a, target, item / HEADS_APART, target.splits.count, page, shared + group * ((ATTEND_BYTES + 15) / 16 * 16),
-                    a.arrived + item % HEADS_APART, thread, [&] { sync_threads(2 + group, THREADS); });
-      item += APART;
-      target = Target(a.cache, 0, item % HEADS_APART);
-      page = target.first_page(a.cache, item / HEADS_APART, thread >> 5);
-    }
-  } else {
-    grid.wait();
+// 32 positions of a page in the ring: a stage of their keys, and two of values.
+struct InRing {
+  const Shared& s;
+  u32 keys_at, values_at;  // their stages' numbers
+  int half;                // of the page
+  bool both;               // halves are wanted
+  DEVICE void scores(float (&score)[4][2], const uint4* q) const {
+    const Stage keys = s.stage(keys_at);
+    const uint4* const first = (const uint4*)keys.wait() + (lane_now() & 3);
+    add_scores(score, q, [&](int tile, int j) { return first[key_position(tile) * (CACHE_DIM / 8) + 4 * j]; });
+    keys.release(STAGE_TILES);
+  }
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+    constexpr int TILES = CACHE_DIM / 16;  // of 8 dims, in a stage
+    const int lane = lane_now(), place = (lane >> 2) * (PAGE_SIZE / 8) + half * (STEP / 8) + (lane & 3);
+    const uint4* first = nullptr;
+    add_values(accumulator, p, [&](int d) {
+      if (d % TILES == 0) first = (const uint4*)s.stage(values_at + d / TILES).wait() + place;
+      return first[d % TILES * PAGE_SIZE];
+    }, count);
+    for (u32 i = 0; i < 2; ++i) s.stage(values_at + i).release(both ? STAGE_TILES / 2 : STAGE_TILES);
+  }
+};
+
+// Splits of heads, in turns, by the first ATTEND_WARPS warps.
+DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
+  const int warp = threadIdx.x >> 5, thread = warp * 32 + lane_now();
+  int item = blockIdx.x;
+  Target target(a.cache, 0, item % HEADS_APART);
+  grid.wait();
+  for (; item < HEADS_APART * target.splits.count; item += GRID) {
+    if (item >= GRID) target = Target(a.cache, 0, item % HEADS_APART);
+    const int split = item / HEADS_APART;
+    const Range range = range_of(target.splits, split, target.position);
+    const int first = range.low / PAGE_SIZE, end = range.high;
+    auto read = [&](Warp& w, const uint4* q, int) {
+      for (int base = first_base(target.splits, split, warp); base < end; base += ATTEND_WARPS * STEP) {
+        const int half = base / STEP % 2;
+        const bool both = end - base + half * STEP > STEP;
+        const u32 of_page = n + 4 * (base / PAGE_SIZE - first);
+        w.step(q, InRing{s, of_page + half, of_page + (both ? 2 : 1), half, both}, base, range.low, end);
+      }
+    };
+    if (warp < ATTEND_WARPS)
+      attend_splits(a, target, split, target.splits.count, s.work, a.arrived + item % HEADS_APART, thread, read,
+                    [] { sync_threads(2, ATTEND_WARPS * 32); });
+    n += 4 * ((end - 1) / PAGE_SIZE - first + 1) - ((end - 1) % PAGE_SIZE < STEP);
   }
   grid.arrive();
 }
@@ -217,33 +310,43 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   for (u32 i = threadIdx.x; i < LAYERS * sizeof(Layer) / 4; i += blockDim.x) ((u32*)s.layers)[i] = table[i];
   for (u32 i = threadIdx.x; i < LAYERS * PRODUCTS * 2; i += blockDim.x) ((u32*)s.units)[i] = units[i];
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(s.full + i, STAGE_TILES), barrier_init(s.empty + i, STAGE_TILES);
+    for (int i = 0; i < STAGES; ++i) barrier_init(s.full + i, 1), barrier_init(s.empty + i, STAGE_TILES);
     barrier_init_fence();
   }
   sync_block();
   dependents_launch();
-  u32 n = 0;
+  Attention attention = a.attention;
+  auto use = [&](const Layer& layer) { attention.cache.keys = layer.keys, attention.cache.values = layer.values; };
   if (threadIdx.x >= CONSUMERS) {
-    if (threadIdx.x >= CONSUMERS + STAGE_TILES) return;
+    if (threadIdx.x > CONSUMERS) return;
+    Producer producer{s};
+    u32 written = 0;
     for (int l = 0; l < LAYERS; ++l) {
+      const Layer& layer = s.layers[l];
       const Units* of = s.units + l * PRODUCTS;
-      produce<QKV>(s, s.layers[l], of[QKV], n);
-      produce<OUT>(s, s.layers[l], of[OUT], n);
-      produce<GATE_UP>(s, s.layers[l], of[GATE_UP], n);
-      produce<DOWN>(s, s.layers[l], of[DOWN], n);
+      producer.product<QKV>(layer, of[QKV]);
+      if (l == 0) {  // weights were there before; a cache, and the counter, are as the kernel before leaves them
+        dependency_wait();
+        written = load_fresh(a.barrier + 1) + GRID;
+      }
+      use(layer);
+      producer.attention(attention.cache, a.barrier, written + l * (BARRIERS * GRID));
+      producer.product<OUT>(layer, of[OUT]);
+      producer.product<GATE_UP>(layer, of[GATE_UP]);
+      producer.product<DOWN>(layer, of[DOWN]);
     }
     return;
   }
+  u32 n = 0;
   dependency_wait();
   const u32 begun = load_fresh(a.barrier + 1);
   Grid grid = {a.barrier, begun GIVE_STAMPS(a)};
-  Attention attention = a.attention;
   for (int l = 0; l < LAYERS; ++l) {
     const Layer& layer = s.layers[l];
     const Units* of = s.units + l * PRODUCTS;
-    attention.cache.keys = layer.keys, attention.cache.values = layer.values;
+    use(layer);
     consume<QKV>(s, layer, of[QKV], a.x, Rotary<Q_ROWS>{(float*)attention.q, attention.cache, a.turns}, grid, n);
-    attend(attention, s.work, grid);
+    attend(attention, s, grid, n);
     consume<OUT>(s, layer, of[OUT], attention.out, Residual<D_MODEL>{a.x, layer.gains[0]}, grid, n);
     consume<GATE_UP>(s, layer, of[GATE_UP], a.x, Product<D_FF>{a.hidden}, grid, n);
     consume<DOWN>(s, layer, of[DOWN], a.hidden, Residual<D_MODEL>{a.x, layer.gains[1]}, grid, n);
