@@ -101,10 +101,12 @@ def from_brain(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def slots(n_groups: int, bit: int) -> np.ndarray:
-    """Where group g is stored (kernels/activations.cuh): bit 3 for quants, 4 for scales."""
+def slots(n_groups: int, bits: int) -> np.ndarray:
+    """Where group g is stored (kernels/activations.cuh), by its lowest bits: five for quants, six
+    for scales."""
     g = np.arange(n_groups)
-    return g ^ ((g >> bit & 1) * 7)
+    low = (g >> 2 & (1 << bits - 2) - 2) | ((g >> 2 ^ g) & 1)
+    return (g >> bits << bits) | (g & 6) << bits - 3 | low
 
 
 def upload_activations(
@@ -117,12 +119,12 @@ def upload_activations(
     n = k // GROUP
     sums = (d * q.reshape(rows, -1, SCALED).sum(-1, dtype=np.int32)).astype(np.float32)
     quants = np.full(a.quants.shape, -1, np.int8)
-    quants[:, slots(n, 3)] = q.reshape(rows, n, GROUP)
+    quants[:, slots(n, 5)] = q.reshape(rows, n, GROUP)
     scales = np.full(a.scales.shape, 0xFFFFFFFF, np.uint32)
     halves = d.view(np.uint32) >> 16
     packed = np.stack([halves[:, ::2] | halves[:, 1::2] << 16,
                        (sums[:, ::2] + sums[:, 1::2]).view(np.uint32)], -1)  # fmt: skip
-    scales[:, slots(n, 4)] = packed
+    scales[:, slots(n, 6)] = packed
     device.upload(a.values.address, x)
     device.upload(a.quants.address, quants)
     device.upload(a.scales.address, scales)
@@ -140,8 +142,8 @@ def check_squares(device: Device, a: Activations, x: np.ndarray) -> None:
 def read_quantised(device: Device, a: Activations) -> np.ndarray:
     """What a reader of the int8 groups sees, float32 [rows, width]; checks the stored sums."""
     n = a.width // GROUP
-    q = device.download(a.quants)[:, slots(n, 3)].reshape(a.rows, a.width)
-    packed = device.download(a.scales)[:, slots(n, 4)].view(np.uint32)
+    q = device.download(a.quants)[:, slots(n, 5)].reshape(a.rows, a.width)
+    packed = device.download(a.scales)[:, slots(n, 6)].view(np.uint32)
     d = np.stack([packed[..., 0] << 16, packed[..., 0] & 0xFFFF0000], -1).view(np.float32)
     d = d.reshape(a.rows, -1)
     values = dequantise(q, d)

@@ -52,7 +52,7 @@ class Activations:
 
 
 def padded(k: int) -> int:
-    return -(-k // 512) * 512
+    return -(-k // 1024) * 1024
 
 
 def brain_shape(rows: int, width: int) -> tuple[int, int, int]:

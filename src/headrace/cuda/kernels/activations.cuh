@@ -11,8 +11,8 @@
 // 64 the columns 16s … 16s + 15, and piece i of it two of each sixteen: so the four lanes that share a row of an
 // mma's operands have sixteen neighbours each, which is how weights lie in their blocks (fragments.cuh).
 //
-// Groups are stored where eight lanes reading every other, every second or every fourth group of a
-// slice, as the block types do, meet no bank twice.
+// Groups are stored where neighbouring lanes, eight that read quants or sixteen that read scales, meet no bank twice:
+// whether each reads every fourth group, or four read every other one of eight and so on (Block<TYPE>::group).
 #pragma once
 #include "primitives.cuh"
 
@@ -21,13 +21,13 @@
 #endif
 
 constexpr int GROUP = 16;  // columns that are stored together: two scales
-DEVICE constexpr int padded(int k) { return (k + 511) / 512 * 512; }  // the swizzles permute within 512 columns
+DEVICE constexpr int padded(int k) { return (k + 1023) / 1024 * 1024; }  // slots permute within 1,024 columns
 
 constexpr int BRAIN_TILE = 64 * 64;  // values
 DEVICE constexpr int brain_tiles(int k) { return (k + 255) / 256 * 4; }  // of 64 rows; columns beyond k are zero
 
-DEVICE int quant_slot(int group) { return group ^ ((group >> 3 & 1) * 7); }   // units of 16 bytes
-DEVICE int scale_slot(int group) { return group ^ ((group >> 4 & 1) * 7); }   // units of 8 bytes
+DEVICE int quant_slot(int g) { return (g & ~31) | (g & 6) << 2 | (g >> 2 & 6) | ((g >> 2 ^ g) & 1); }    // units of 16 bytes
+DEVICE int scale_slot(int g) { return (g & ~63) | (g & 6) << 3 | (g >> 2 & 14) | ((g >> 2 ^ g) & 1); }   // units of 8 bytes
 
 // One row of activations, or the place for one; any pointer may be null where nobody reads it.
 struct Row {

@@ -5,19 +5,20 @@
 // that 32 lanes read 16-byte words side by side. layout.py holds the same table; reorder.cu makes
 // tiles. Layouts and formulas: ggml's ggml-common.h and ggml-quants.c.
 //
-// A lane's share of a tile row is two groups, a and b, of 16 consecutive columns. For the quantised
-// types a weight is scale × q + offset with q an int8, so that a dot with activations d × x is
+// Lanes 0–15 have rows 0 and 1 of a tile, lanes 16–31 rows 2 and 3. A lane's share of a row is four groups of 16
+// consecutive columns; which ones, is the type's choice. For the quantised types a weight is scale × q + offset with q an
+// integer, so that a dot with activations d × x is
 //     scale × d × Σ q x  +  offset × d × Σ x.
 #pragma once
 #include "primitives.cuh"
 
 enum Type { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30, NONE = -1 };
 
-constexpr int TILE_ROWS = 4, TILE_COLUMNS = 1024;
+constexpr int TILE_ROWS = 4, TILE_COLUMNS = 1024, LANE_ROWS = 2;
 
 struct Share {
-  int a[4], b[4];     // 16 int8 each
-  float2 wa, wb;      // (scale, offset) of group a and of group b
+  u32 q[4][4];  // 16 bytes of each group: q, or 16 q where SIXTEENFOLD says so
+  float2 w[4];  // (scale, offset), of group i at weight(i)
 };
 
 // Planes of these bytes a block. Folds, not loops over a table: with a run-time number of blocks a table
@@ -44,106 +45,131 @@ template <int... SIZES> struct Planes {
 DEVICE u32 load32(const u8* p) { return *(const u32*)p; }
 DEVICE float half_at(const u8* p) { return half_to_float(*(const u16*)p); }
 
-DEVICE void low_nibbles(int (&out)[4], const uint4& q) {
-  out[0] = q.x & 0x0f0f0f0f; out[1] = q.y & 0x0f0f0f0f; out[2] = q.z & 0x0f0f0f0f; out[3] = q.w & 0x0f0f0f0f;
+// Every word of q, shifted down, with a mask for its bytes.
+DEVICE void bits_of(u32 (&out)[4], const uint4& q, int shift, u32 mask) {
+  out[0] = q.x >> shift & mask; out[1] = q.y >> shift & mask; out[2] = q.z >> shift & mask; out[3] = q.w >> shift & mask;
 }
-DEVICE void high_nibbles(int (&out)[4], const uint4& q) {
-  low_nibbles(out, make_uint4(q.x >> 4, q.y >> 4, q.z >> 4, q.w >> 4));
-}
-// ORs bits [shift, shift + width) of every byte of h into out at bit `to`.
-template <int WIDTH> DEVICE void or_bits(int (&out)[4], const uint4& h, int shift, int to) {
-  constexpr u32 mask = ((1u << WIDTH) - 1) * 0x01010101u;
-  out[0] |= ((h.x >> shift) & mask) << to; out[1] |= ((h.y >> shift) & mask) << to;
-  out[2] |= ((h.z >> shift) & mask) << to; out[3] |= ((h.w >> shift) & mask) << to;
+constexpr u32 LOW = 0x0f0f0f0fu, HIGH = 0xf0f0f0f0u, TWO_BITS = 0x03030303u, BIT = 0x01010101u;
+// ORs those bits of every byte of h into out, at bit `to`.
+DEVICE void or_bits(u32 (&out)[4], const uint4& h, int shift, u32 mask, int to) {
+  out[0] |= (h.x >> shift & mask) << to; out[1] |= (h.y >> shift & mask) << to;
+  out[2] |= (h.z >> shift & mask) << to; out[3] |= (h.w >> shift & mask) << to;
 }
 // ORs bit i of `bits` into byte i of out at bit 4, for 16 values.
-DEVICE void or_fifth_bits(int (&out)[4], u32 bits) {
+DEVICE void or_fifth_bits(u32 (&out)[4], u32 bits) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] |= ((((bits >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
+  for (int i = 0; i < 4; ++i) out[i] |= ((((bits >> (4 * i)) & 15u) * 0x00204081u) & BIT) << 4;
 }
 
-// Where a lane's groups lie in a 1,024-column slice, in groups of 16 columns.
-struct Blocks32 {  // 32-value blocks: a lane owns one
-  static constexpr int SIZE = 32;
-  static DEVICE int block(int lane) { return lane; }
-  static DEVICE int group_a(int lane) { return 2 * lane; }
-  static DEVICE int group_b(int lane) { return 2 * lane + 1; }
+// Where the groups of lane l of sixteen lie in a 1,024-column slice, in groups of 16 columns. Of two pieces of memory that a
+// lane reads in turn, every other four lanes read the second first: then eight lanes meet no bank twice.
+DEVICE int swapped(int l) { return l >> 2 & 1; }
+
+struct Blocks32 {  // 32-value blocks: a lane has two
+  static constexpr int SIZE = 32, WEIGHTS = 2;
+  static constexpr u32 SIXTEENFOLD = 0;  // bit i: group i
+  static constexpr bool SIGNED = false;
+  static DEVICE constexpr int weight(int i) { return i >> 1; }
+  static DEVICE int block(int l, int k) { return 2 * l + (k ^ swapped(l)); }  // of groups 2k and 2k + 1
+  static DEVICE int group(int l, int i) { return 2 * block(l, i >> 1) + (i & 1); }
+  static DEVICE int existing(int l, int k, int blocks) { return min(block(l, k), blocks - 1); }  // of an odd number the last lane has one
+  static DEVICE bool active(int l, int blocks) { return 2 * l < blocks; }
 };
-struct Blocks256 {  // 256-value blocks: eight lanes share one; b lies 32 columns after a
-  static constexpr int SIZE = 256;
-  static DEVICE int block(int lane) { return lane >> 3; }
-  static DEVICE int group_a(int lane) { return (lane >> 3) * 16 + 4 * ((lane & 7) >> 1) + (lane & 1); }
-  static DEVICE int group_b(int lane) { return group_a(lane) + 2; }
+struct Blocks256 {  // 256-value blocks: four lanes share one, each has a part
+  static constexpr int SIZE = 256, WEIGHTS = 4;
+  static constexpr u32 SIXTEENFOLD = 0;
+  static constexpr bool SIGNED = false;
+  static DEVICE constexpr int weight(int i) { return i; }
+  static DEVICE int block(int l, int) { return l >> 2; }
+  static DEVICE bool active(int l, int blocks) { return l >> 2 < blocks; }
+  // Groups 32 columns apart: part p has bytes 16 (p % 2) … + 15 of each 32 of half p / 2 of the block.
+  static DEVICE int group(int l, int i) { return (l >> 2) * 16 + (l & 2) * 4 + (l & 1) + 2 * i; }
 };
 
-template <int TYPE> struct Block;
+template <int TYPE> struct Block;  // unpack(): the share of lane l of sixteen in row `row` of a tile of so many blocks a row
 
 template <> struct Block<Q4_0> : Blocks32, Planes<16, 2> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int) {
-    const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
-    const float d = half_at(field<1>(tile, blocks, i));
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    s.wa = s.wb = make_float2(d, -8.f * d);
+  static constexpr u32 SIXTEENFOLD = 0b1010;
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row * blocks + existing(l, k, blocks);
+      const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
+      const float d = half_at(field<1>(tile, blocks, i));
+      bits_of(s.q[2 * k], q, 0, LOW);
+      bits_of(s.q[2 * k + 1], q, 0, HIGH);
+      s.w[k] = make_float2(d, -8.f * d);
+    }
   }
 };
 template <> struct Block<Q4_1> : Blocks32, Planes<16, 4> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int) {
-    const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
-    const u32 dm = load32(field<1>(tile, blocks, i));
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    s.wa = s.wb = make_float2(half_to_float((u16)dm), half_to_float((u16)(dm >> 16)));
+  static constexpr u32 SIXTEENFOLD = 0b1010;
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row * blocks + existing(l, k, blocks);
+      const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
+      const u32 dm = load32(field<1>(tile, blocks, i));
+      bits_of(s.q[2 * k], q, 0, LOW);
+      bits_of(s.q[2 * k + 1], q, 0, HIGH);
+      s.w[k] = make_float2(half_to_float((u16)dm), half_to_float((u16)(dm >> 16)));
+    }
   }
 };
+// Sixteen low nibbles and sixteen high ones, and a fifth bit for each.
+DEVICE void five_bits(u32 (&low)[4], u32 (&high)[4], const uint4& q, u32 fifth) {
+  bits_of(low, q, 0, LOW);
+  bits_of(high, q, 4, LOW);
+  or_fifth_bits(low, fifth);
+  or_fifth_bits(high, fifth >> 16);
+}
 template <> struct Block<Q5_0> : Blocks32, Planes<16, 4, 2> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int) {
-    const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
-    const u32 fifth = load32(field<1>(tile, blocks, i));
-    const float d = half_at(field<2>(tile, blocks, i));
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    or_fifth_bits(s.a, fifth);
-    or_fifth_bits(s.b, fifth >> 16);
-    s.wa = s.wb = make_float2(d, -16.f * d);
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row * blocks + existing(l, k, blocks);
+      const float d = half_at(field<2>(tile, blocks, i));
+      five_bits(s.q[2 * k], s.q[2 * k + 1], *(const uint4*)field<0>(tile, blocks, i), load32(field<1>(tile, blocks, i)));
+      s.w[k] = make_float2(d, -16.f * d);
+    }
   }
 };
 template <> struct Block<Q5_1> : Blocks32, Planes<16, 4, 4> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int) {
-    const uint4 q = *(const uint4*)field<0>(tile, blocks, i);
-    const u32 fifth = load32(field<1>(tile, blocks, i)), dm = load32(field<2>(tile, blocks, i));
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    or_fifth_bits(s.a, fifth);
-    or_fifth_bits(s.b, fifth >> 16);
-    s.wa = s.wb = make_float2(half_to_float((u16)dm), half_to_float((u16)(dm >> 16)));
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row * blocks + existing(l, k, blocks);
+      const u32 dm = load32(field<2>(tile, blocks, i));
+      five_bits(s.q[2 * k], s.q[2 * k + 1], *(const uint4*)field<0>(tile, blocks, i), load32(field<1>(tile, blocks, i)));
+      s.w[k] = make_float2(half_to_float((u16)dm), half_to_float((u16)(dm >> 16)));
+    }
   }
 };
 template <> struct Block<Q8_0> : Blocks32, Planes<16, 16, 2> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int) {
-    const int4 a = *(const int4*)field<0>(tile, blocks, i), b = *(const int4*)field<1>(tile, blocks, i);
-    s.a[0] = a.x; s.a[1] = a.y; s.a[2] = a.z; s.a[3] = a.w;
-    s.b[0] = b.x; s.b[1] = b.y; s.b[2] = b.z; s.b[3] = b.w;
-    s.wa = s.wb = make_float2(half_at(field<2>(tile, blocks, i)), 0.f);
+  static constexpr bool SIGNED = true;
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row * blocks + existing(l, k, blocks);
+      bits_of(s.q[2 * k], *(const uint4*)field<0>(tile, blocks, i), 0, ~0u);
+      bits_of(s.q[2 * k + 1], *(const uint4*)field<1>(tile, blocks, i), 0, ~0u);
+      s.w[k] = make_float2(half_at(field<2>(tile, blocks, i)), 0.f);
+    }
   }
 };
-// The 2 bits of a (and b, 2 bits higher) of every byte: Q2_K and Q3_K hold four columns 32 apart in one.
-DEVICE void two_bits(Share& s, const u8* quants, int part) {
-  const uint4 q = *(const uint4*)(quants + 32 * (part >> 2) + 16 * (part & 1));
-  const int shift = 4 * ((part >> 1) & 1);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) s.a[i] = s.b[i] = 0;
-  or_bits<2>(s.a, q, shift, 0);
-  or_bits<2>(s.b, q, shift + 2, 0);
-}
 template <> struct Block<Q2_K> : Blocks256, Planes<16, 64, 4> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int part) {
-    const u8* scales = field<0>(tile, blocks, i) + 4 * (part >> 1) + (part & 1);
-    const u32 dm = load32(field<2>(tile, blocks, i)), sa = scales[0], sb = scales[2];
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+    const int at = row * blocks + block(l, 0), half = l >> 1 & 1;
+    const uint4 q = *(const uint4*)(field<1>(tile, blocks, at) + 32 * half + 16 * (l & 1));
+    const uint2 scales = *(const uint2*)(field<0>(tile, blocks, at) + 8 * half);
+    const u32 dm = load32(field<2>(tile, blocks, at));
     const float d = half_to_float((u16)dm), m = -half_to_float((u16)(dm >> 16));
-    two_bits(s, field<1>(tile, blocks, i), part);
-    s.wa = make_float2(d * (float)(sa & 15), m * (float)(sa >> 4));
-    s.wb = make_float2(d * (float)(sb & 15), m * (float)(sb >> 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 scale = (i < 2 ? scales.x : scales.y) >> (8 * (l & 1) + 16 * (i & 1));
+      bits_of(s.q[i], q, 2 * i, TWO_BITS);
+      s.w[i] = make_float2(d * (float)(scale & 15), m * (float)(scale >> 4 & 15));
+    }
   }
 };
 template <> struct Block<Q3_K> : Blocks256, Planes<32, 64, 12, 2> {
@@ -152,67 +178,86 @@ template <> struct Block<Q3_K> : Blocks256, Planes<32, 64, 12, 2> {
     const int low = (scales[g & 7] >> (g & 8 ? 4 : 0)) & 15, high = (scales[8 + (g & 3)] >> (2 * (g >> 2))) & 3;
     return (float)((low | high << 4) - 32);
   }
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int part) {
-    const uint4 high = *(const uint4*)(field<0>(tile, blocks, i) + 16 * (part & 1));
-    const u8* scales = field<2>(tile, blocks, i);
-    const float d = half_at(field<3>(tile, blocks, i));
-    const int g = 4 * (part >> 1) + (part & 1);
-    two_bits(s, field<1>(tile, blocks, i), part);
-    or_bits<1>(s.a, high, 2 * (part >> 1), 2);
-    or_bits<1>(s.b, high, 2 * (part >> 1) + 1, 2);
-    const float sa = d * scale(scales, g), sb = d * scale(scales, g + 2);
-    s.wa = make_float2(sa, -4.f * sa);
-    s.wb = make_float2(sb, -4.f * sb);
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+    const int at = row * blocks + block(l, 0), half = l >> 1 & 1;
+    const uint4 q = *(const uint4*)(field<1>(tile, blocks, at) + 32 * half + 16 * (l & 1));
+    const uint4 high = *(const uint4*)(field<0>(tile, blocks, at) + 16 * (l & 1));
+    const float d = half_at(field<3>(tile, blocks, at));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float w = d * scale(field<2>(tile, blocks, at), 8 * half + (l & 1) + 2 * i);
+      bits_of(s.q[i], q, 2 * i, TWO_BITS);
+      or_bits(s.q[i], high, 4 * half + i, BIT, 2);
+      s.w[i] = make_float2(w, -4.f * w);
+    }
   }
 };
 // Sub-blocks 2j and 2j+1 of Q4_K and Q5_K: six-bit scales and mins packed in twelve bytes.
-DEVICE void six_bit_scales(Share& s, const uint4& header, int j) {
+DEVICE void six_bit_scales(float2& a, float2& b, const uint4& header, int j) {
   const float d = half_to_float((u16)header.x), m = -half_to_float((u16)(header.x >> 16));
   const int shift = (j & 1) * 16;
   const u32 x = header.y >> shift, y = header.z >> shift, z = header.w >> shift;
   const u32 scales = j < 2 ? x & 0x3f3f : (z & 0x0f0f) | ((x >> 2) & 0x3030);
   const u32 mins = j < 2 ? y & 0x3f3f : ((z >> 4) & 0x0f0f) | ((y >> 2) & 0x3030);
-  s.wa = make_float2(d * (float)(scales & 255), m * (float)(mins & 255));
-  s.wb = make_float2(d * (float)(scales >> 8), m * (float)(mins >> 8));
+  a = make_float2(d * (float)(scales & 255), m * (float)(mins & 255));
+  b = make_float2(d * (float)(scales >> 8), m * (float)(mins >> 8));
 }
-template <> struct Block<Q4_K> : Blocks256, Planes<16, 128> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int part) {
-    const uint4 header = *(const uint4*)field<0>(tile, blocks, i);
-    const uint4 q = *(const uint4*)(field<1>(tile, blocks, i) + 16 * part);
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    six_bit_scales(s, header, part >> 1);
+// A lane has two sub-blocks, 64 neighbouring columns: their nibbles are the low and the high ones of 32 bytes.
+struct SubBlocks : Blocks256 {
+  static constexpr int WEIGHTS = 2;
+  static DEVICE constexpr int weight(int i) { return i & 1; }
+  static DEVICE int group(int l, int i) { return 4 * l + 2 * (i & 1) + ((i >> 1) ^ swapped(l)); }
+};
+template <> struct Block<Q4_K> : SubBlocks, Planes<16, 128> {
+  static constexpr u32 SIXTEENFOLD = 0b1010;
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+    const int at = row * blocks + block(l, 0);
+    six_bit_scales(s.w[0], s.w[1], *(const uint4*)field<0>(tile, blocks, at), l & 3);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint4 q = *(const uint4*)(field<1>(tile, blocks, at) + 32 * (l & 3) + 16 * (k ^ swapped(l)));
+      bits_of(s.q[2 * k], q, 0, LOW);
+      bits_of(s.q[2 * k + 1], q, 0, HIGH);
+    }
   }
 };
-template <> struct Block<Q5_K> : Blocks256, Planes<16, 32, 128> {
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int part) {
-    const uint4 header = *(const uint4*)field<0>(tile, blocks, i);
-    const uint4 fifth = *(const uint4*)(field<1>(tile, blocks, i) + 16 * (part & 1));
-    const uint4 q = *(const uint4*)(field<2>(tile, blocks, i) + 16 * part);
-    low_nibbles(s.a, q);
-    high_nibbles(s.b, q);
-    or_bits<1>(s.a, fifth, part & 6, 4);
-    or_bits<1>(s.b, fifth, (part & 6) + 1, 4);
-    six_bit_scales(s, header, part >> 1);
+template <> struct Block<Q5_K> : SubBlocks, Planes<16, 32, 128> {
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+    const int at = row * blocks + block(l, 0);
+    six_bit_scales(s.w[0], s.w[1], *(const uint4*)field<0>(tile, blocks, at), l & 3);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int half = k ^ swapped(l);
+      const uint4 q = *(const uint4*)(field<2>(tile, blocks, at) + 32 * (l & 3) + 16 * half);
+      const uint4 fifth = *(const uint4*)(field<1>(tile, blocks, at) + 16 * half);
+      bits_of(s.q[2 * k], q, 0, LOW);
+      bits_of(s.q[2 * k + 1], q, 4, LOW);
+      or_bits(s.q[2 * k], fifth, 2 * (l & 3), BIT, 4);
+      or_bits(s.q[2 * k + 1], fifth, 2 * (l & 3) + 1, BIT, 4);
+    }
   }
 };
-template <> struct Block<Q6_K> : Planes<128, 64, 16, 2> {
-  static constexpr int SIZE = 256;
-  static DEVICE int block(int lane) { return lane >> 3; }
-  static DEVICE int group_a(int lane) { return (lane >> 3) * 16 + 8 * ((lane & 7) >> 2) + (lane & 3); }
-  static DEVICE int group_b(int lane) { return group_a(lane) + 4; }
-  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int i, int part) {
-    const uint4 low = *(const uint4*)(field<0>(tile, blocks, i) + 16 * part);
-    const uint4 high = *(const uint4*)(field<1>(tile, blocks, i) + 32 * (part >> 2) + 16 * (part & 1));
-    const u8* scales = field<2>(tile, blocks, i) + 8 * (part >> 2) + (part & 3);
-    const float d = half_at(field<3>(tile, blocks, i));
-    low_nibbles(s.a, low);
-    high_nibbles(s.b, low);
-    or_bits<2>(s.a, high, part & 2, 4);
-    or_bits<2>(s.b, high, (part & 2) + 4, 4);
-    const float sa = d * (float)(signed char)scales[0], sb = d * (float)(signed char)scales[4];
-    s.wa = make_float2(sa, -32.f * sa);
-    s.wb = make_float2(sb, -32.f * sb);
+template <> struct Block<Q6_K> : Blocks256, Planes<128, 64, 16, 2> {
+  static DEVICE int group(int l, int i) { return (l >> 2) * 16 + (l & 2) * 4 + (l & 1) + 4 * (i & 1) + 2 * ((i >> 1) ^ swapped(l)); }
+  static DEVICE void unpack(Share& s, const u8* tile, int blocks, int row, int l) {
+    const int at = row * blocks + block(l, 0), half = l >> 1 & 1;
+    const uint4 high = *(const uint4*)(field<1>(tile, blocks, at) + 32 * half + 16 * (l & 1));
+    const uint2 scales = *(const uint2*)(field<2>(tile, blocks, at) + 8 * half);
+    const float d = half_at(field<3>(tile, blocks, at));
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int later = k ^ swapped(l);  // 32 columns later: the next two bits
+      const uint4 low = *(const uint4*)(field<0>(tile, blocks, at) + 64 * half + 32 * later + 16 * (l & 1));
+      bits_of(s.q[2 * k], low, 0, LOW);
+      bits_of(s.q[2 * k + 1], low, 4, LOW);
+      or_bits(s.q[2 * k], high, 2 * later, TWO_BITS, 4);
+      or_bits(s.q[2 * k + 1], high, 2 * later + 4, TWO_BITS, 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float w = d * (float)(signed char)((i ? scales.y : scales.x) >> (8 * (l & 1) + 16 * later));
+        s.w[2 * k + i] = make_float2(w, -32.f * w);
+      }
+    }
   }
 };
 
@@ -228,47 +273,34 @@ DEVICE void brain_halves(float* out, const uint4& q) {
   for (int i = 0; i < 8; ++i) out[i] = bits_to_float(i & 1 ? words[i >> 1] & 0xffff0000u : words[i >> 1] << 16);
 }
 struct FloatBlock16 : Blocks32, Planes<16, 16, 16, 16> {};
-template <> struct Block<F16> : FloatBlock16 {
-  static DEVICE void values(float (&v)[32], const u8* tile, int blocks, int i) {
-    halves(v, *(const uint4*)field<0>(tile, blocks, i));
-    halves(v + 8, *(const uint4*)field<1>(tile, blocks, i));
-    halves(v + 16, *(const uint4*)field<2>(tile, blocks, i));
-    halves(v + 24, *(const uint4*)field<3>(tile, blocks, i));
-  }
-};
-template <> struct Block<BF16> : FloatBlock16 {
-  static DEVICE void values(float (&v)[32], const u8* tile, int blocks, int i) {
-    brain_halves(v, *(const uint4*)field<0>(tile, blocks, i));
-    brain_halves(v + 8, *(const uint4*)field<1>(tile, blocks, i));
-    brain_halves(v + 16, *(const uint4*)field<2>(tile, blocks, i));
-    brain_halves(v + 24, *(const uint4*)field<3>(tile, blocks, i));
-  }
-};
-template <> struct Block<F32> : Blocks32, Planes<16, 16, 16, 16, 16, 16, 16, 16> {
-  static DEVICE void values(float (&v)[32], const u8* tile, int blocks, int i) {
-#pragma unroll
-    for (int p = 0; p < 8; ++p) {  // planes of equal size lie evenly apart
-      const float4 w = *(const float4*)(field<0>(tile, blocks, i) + p * (TILE_ROWS * blocks * 16));
-      v[4 * p] = w.x; v[4 * p + 1] = w.y; v[4 * p + 2] = w.z; v[4 * p + 3] = w.w;
-    }
-  }
-};
+template <> struct Block<F16> : FloatBlock16 {};
+template <> struct Block<BF16> : FloatBlock16 {};
+template <> struct Block<F32> : Blocks32, Planes<16, 16, 16, 16, 16, 16, 16, 16> {};
 
 DEVICE constexpr bool is_float_type(int type) { return type == F32 || type == F16 || type == BF16; }
 
-// A lane's 32 weights as floats: group a, then group b.
-template <int TYPE> DEVICE void lane_values(float (&v)[32], const u8* tile, int blocks, int row, int lane) {
+// Group i of the share of lane l of sixteen as floats.
+template <int TYPE> DEVICE void group_values(float (&v)[16], const u8* tile, int blocks, int row, int l, int i) {
   using B = Block<TYPE>;
-  const int i = row * blocks + B::block(lane);
   if constexpr (is_float_type(TYPE)) {
-    B::values(v, tile, blocks, i);
+    const int plane_bytes = TILE_ROWS * blocks * 16, planes = TYPE == F32 ? 4 : 2;  // of a group
+    const u8* const p = tile + (i & 1) * planes * plane_bytes + (row * blocks + B::existing(l, i >> 1, blocks)) * 16;
+#pragma unroll
+    for (int j = 0; j < planes; ++j) {
+      const uint4 w = *(const uint4*)(p + j * plane_bytes);
+      if (TYPE == F16) halves(v + 8 * j, w);
+      else if (TYPE == BF16) brain_halves(v + 8 * j, w);
+      else v[4 * j] = bits_to_float(w.x), v[4 * j + 1] = bits_to_float(w.y), v[4 * j + 2] = bits_to_float(w.z), v[4 * j + 3] = bits_to_float(w.w);
+    }
   } else {
     Share s;
-    B::unpack(s, tile, blocks, i, lane & 7);
+    B::unpack(s, tile, blocks, row, l);
+    const float2 w = s.w[B::weight(i)];
+    const float scale = B::SIXTEENFOLD >> i & 1 ? w.x * 0.0625f : w.x;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      v[j] = fmaf(s.wa.x, (float)(signed char)(s.a[j >> 2] >> (8 * (j & 3))), s.wa.y);
-      v[16 + j] = fmaf(s.wb.x, (float)(signed char)(s.b[j >> 2] >> (8 * (j & 3))), s.wb.y);
+      const u32 byte = s.q[i][j >> 2] >> (8 * (j & 3)) & 255;
+      v[j] = fmaf(scale, (float)(B::SIGNED ? (int)(signed char)byte : (int)byte), w.y);
     }
   }
 }

@@ -10,78 +10,93 @@ struct X {
   const float* values;
 };
 
-// sum[t × 4 + r] = this lane's share of tile row r against row t of x, whose rows have so many columns; wait() returns
-// the tile when it is there.
+// sum[t × LANE_ROWS + r] = this lane's share of the r-th of its rows of the tile against row t of x, whose rows have so many
+// columns; wait() returns the tile when it is there. half_warp_sum_transposed adds the shares up.
 template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait>
-DEVICE void dot_tile(float (&sum)[N_ROWS * TILE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
+DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
   if constexpr (TYPE != NONE) {
     using B = Block<TYPE>;
-    const int blocks = Tiles<TYPE, COLUMNS>::blocks(slice);
-    const bool active = B::block(lane) < blocks;
-    const int a = slice * (TILE_COLUMNS / GROUP) + B::group_a(lane), b = slice * (TILE_COLUMNS / GROUP) + B::group_b(lane);
+    const int blocks = Tiles<TYPE, COLUMNS>::blocks(slice), l = lane & 15, first_row = lane / 16 * LANE_ROWS;
+    constexpr bool ODD = B::SIZE == 32 && COLUMNS % 64;  // the last lane has half a share
+    auto absent = [&](int i) { return ODD && B::block(l, i >> 1) >= blocks; };
     if constexpr (FLOATS) {
       const u8* tile = wait();
-      if (!active) return;
+      if (!B::active(l, blocks)) return;
 #pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        float w[32];
-        lane_values<TYPE>(w, tile, blocks, r, lane);
+      for (int r = 0; r < LANE_ROWS; ++r) {
 #pragma unroll
-        for (int t = 0; t < N_ROWS; ++t) {
-          const float4* xa = (const float4*)(x.values + t * COLUMNS + a * GROUP);
-          const float4* xb = (const float4*)(x.values + t * COLUMNS + b * GROUP);
-          float s = 0.f;
+        for (int i = 0; i < 4; ++i) {
+          float w[16];
+          group_values<TYPE>(w, tile, blocks, first_row + r, l, i);
+          if (absent(i)) continue;
+          const int column = (slice * (TILE_COLUMNS / GROUP) + B::group(l, i)) * GROUP;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float4 v = i < 4 ? xa[i] : xb[i - 4];
-            s = fmaf(w[4 * i], v.x, s); s = fmaf(w[4 * i + 1], v.y, s);
-            s = fmaf(w[4 * i + 2], v.z, s); s = fmaf(w[4 * i + 3], v.w, s);
+          for (int t = 0; t < N_ROWS; ++t) {
+            const float4* at = (const float4*)(x.values + t * COLUMNS + column);
+            float s = sum[t * LANE_ROWS + r];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const float4 v = at[j];
+              s = fmaf(w[4 * j], v.x, s); s = fmaf(w[4 * j + 1], v.y, s);
+              s = fmaf(w[4 * j + 2], v.z, s); s = fmaf(w[4 * j + 3], v.w, s);
+            }
+            sum[t * LANE_ROWS + r] = s;
           }
-          sum[t * TILE_ROWS + r] = s;
         }
       }
     } else {
-      int4 xa = {}, xb = {};
-      uint2 sa = {}, sb = {};
+      int4 quants[4] = {};
+      float low[4] = {}, high[4] = {}, sums[B::WEIGHTS] = {};
       auto load = [&](int t) {
-        xa = x.quants[t * (padded(COLUMNS) / GROUP) + quant_slot(a)];
-        xb = x.quants[t * (padded(COLUMNS) / GROUP) + quant_slot(b)];
-        sa = x.scales[t * (padded(COLUMNS) / GROUP) + scale_slot(a)];
-        sb = x.scales[t * (padded(COLUMNS) / GROUP) + scale_slot(b)];
+#pragma unroll
+        for (int i = 0; i < B::WEIGHTS; ++i) sums[i] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int group = t * (padded(COLUMNS) / GROUP) + slice * (TILE_COLUMNS / GROUP) + B::group(l, i);
+          quants[i] = x.quants[quant_slot(group)];
+          const uint2 s = x.scales[scale_slot(group)];
+          constexpr float of[2] = {1.f, 0.0625f};
+          low[i] = low_scale(s) * of[B::SIXTEENFOLD >> i & 1], high[i] = high_scale(s) * of[B::SIXTEENFOLD >> i & 1];
+          if (absent(i)) low[i] = high[i] = 0.f;
+          else sums[B::weight(i)] += group_sum(s);
+        }
       };
-      if (N_ROWS == 1 && active) load(0);
+      if (N_ROWS == 1 && B::active(l, blocks)) load(0);
       const u8* tile = wait();
-      if (!active) return;
+      if (!B::active(l, blocks)) return;
       // Integer sums as floats for one addition: 12,582,912 + i has i in its low bits.
-      auto dots = [](int a, int b, int x, int y) {
-        return bits_to_float((u32)dp4a(b, y, dp4a(a, x, 0x4b400000))) - 12582912.f;
+      auto dots = [](u32 a, u32 b, int x, int y) {
+        const int i = B::SIGNED ? dp4a((int)b, y, dp4a((int)a, x, 0x4b400000)) : dp4a(b, y, dp4a(a, x, 0x4b400000));
+        return bits_to_float((u32)i) - 12582912.f;
       };
       auto dot = [&](const Share& s) {
-        float a = low_scale(sa) * dots(s.a[0], s.a[1], xa.x, xa.y);
-        float b = low_scale(sb) * dots(s.b[0], s.b[1], xb.x, xb.y);
-        a = fmaf(high_scale(sa), dots(s.a[2], s.a[3], xa.z, xa.w), a);
-        b = fmaf(high_scale(sb), dots(s.b[2], s.b[3], xb.z, xb.w), b);
-        float v = s.wa.x * a;
-        v = fmaf(s.wb.x, b, v);
-        v = fmaf(s.wa.y, group_sum(sa), v);
-        return fmaf(s.wb.y, group_sum(sb), v);
+        float parts[B::WEIGHTS] = {}, v = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& part = parts[B::weight(i)];
+          part = fmaf(low[i], dots(s.q[i][0], s.q[i][1], quants[i].x, quants[i].y), part);
+          part = fmaf(high[i], dots(s.q[i][2], s.q[i][3], quants[i].z, quants[i].w), part);
+        }
+#pragma unroll
+        for (int i = 0; i < B::WEIGHTS; ++i) v = fmaf(s.w[i].y, sums[i], fmaf(s.w[i].x, parts[i], v));
+        return v;
       };
       if constexpr (N_ROWS == 1) {
 #pragma unroll
-        for (int r = 0; r < TILE_ROWS; ++r) {
+        for (int r = 0; r < LANE_ROWS; ++r) {
           Share s;
-          B::unpack(s, tile, blocks, r * blocks + B::block(lane), lane & 7);
+          B::unpack(s, tile, blocks, first_row + r, l);
           sum[r] = dot(s);
         }
       } else {
-        Share s[TILE_ROWS];
+        Share s[LANE_ROWS];
 #pragma unroll
-        for (int r = 0; r < TILE_ROWS; ++r) B::unpack(s[r], tile, blocks, r * blocks + B::block(lane), lane & 7);
+        for (int r = 0; r < LANE_ROWS; ++r) B::unpack(s[r], tile, blocks, first_row + r, l);
 #pragma unroll
         for (int t = 0; t < N_ROWS; ++t) {
           load(t);
 #pragma unroll
-          for (int r = 0; r < TILE_ROWS; ++r) sum[t * TILE_ROWS + r] = dot(s[r]);
+          for (int r = 0; r < LANE_ROWS; ++r) sum[t * LANE_ROWS + r] = dot(s[r]);
         }
       }
     }

@@ -23,13 +23,15 @@ KERNEL(WARPS * 32, 1) embed(ARGS(EmbedArgs, a)) {
   dependents_launch();
   BEGIN(a);
   const int token = load_fresh(a.tokens + blockIdx.y);
-  if (threadIdx.x < 32 && B::block(lane) < T::blocks(slice)) {
-    float v[32];
-    lane_values<TYPE>(v, a.weights + T::offset(token / TILE_ROWS, slice), T::blocks(slice), token % TILE_ROWS, lane);
+  const int blocks = T::blocks(slice);
+  if (lane < 16 && threadIdx.x < 32 && B::active(lane, blocks)) {
+    const u8* tile = a.weights + T::offset(token / TILE_ROWS, slice);
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      values[B::group_a(lane) * PITCH + i] = SCALE * v[i];
-      values[B::group_b(lane) * PITCH + i] = SCALE * v[GROUP + i];
+    for (int i = 0; i < 4; ++i) {
+      float v[GROUP];
+      group_values<TYPE>(v, tile, blocks, token % TILE_ROWS, lane, i);
+#pragma unroll
+      for (int j = 0; j < GROUP; ++j) values[B::group(lane, i) * PITCH + j] = SCALE * v[j];
     }
   }
   sync_block();

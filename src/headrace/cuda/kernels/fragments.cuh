@@ -197,9 +197,7 @@ template <int TYPE> struct SixBits : Wholes<TYPE> {
     if (FIVE && step < 2) r.fifth[step] = load128(W::template field<1>(at) + 16 * step);
   }
   static DEVICE void begin(Raw& r, int q) {
-    Share s;
-    six_bit_scales(s, r.header, q);
-    r.a = s.wa, r.b = s.wb;
+    six_bit_scales(r.a, r.b, r.header, q);
   }
   static DEVICE uint4 bytes(const Raw& r, int q, int step) {
     const uint4 bits = r.q[step % 2] >> (4 * (step / 2)) & NIBBLES;

@@ -48,6 +48,10 @@ DEVICE int dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += (int)(int8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));
   return c;
 }
+DEVICE int dp4a(u32 a, int b, int c) {  // bytes of a are unsigned
+  for (int i = 0; i < 4; ++i) c += (int)(uint8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));
+  return c;
+}
 DEVICE float half_to_float(u16 h) { _Float16 f; memcpy(&f, &h, 2); return (float)f; }
 DEVICE u16 float_to_half(float f) { _Float16 h = (_Float16)f; u16 u; memcpy(&u, &h, 2); return u; }
 DEVICE float bits_to_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }

@@ -38,7 +38,7 @@ constexpr int X_BYTES = X_BYTES_OF<K, ROWS, FLOAT_ACTIVATIONS>;
 constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
 constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
 
-template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * TILE_ROWS], R& ring, const X& x, int slice) {
+template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * LANE_ROWS], R& ring, const X& x, int slice) {
   if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, threadIdx.x & 31);
 }
 
@@ -93,7 +93,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
     const int units = min(PASS_UNITS, last - unit), base = (unit - first) * UNIT_GROUPS;
     for (const int end = (base + units * UNIT_GROUPS) * SLICES; t < end; t += WARPS) {
       const Place p = Cuts::place(first, t);
-      float sum[ROWS * TILE_ROWS] = {};
+      float sum[ROWS * LANE_ROWS] = {};
       const int s = p.segment;  // one copy of the code for each type, not for each matrix
       if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_type<TYPE0>(sum, ring, x, p.slice);
       else if (s == 1 || TYPE2 == TYPE1) dot_type<TYPE1>(sum, ring, x, p.slice);
@@ -101,11 +101,12 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
       sync_warp();
       request(ring.stage, t + STAGES * WARPS);
       ring.advance();
-      const float total = warp_sum_transposed(sum);
-      constexpr int share = 32 / (ROWS * TILE_ROWS);
+      const float total = sum_transposed<16>(sum);
+      constexpr int share = 16 / (ROWS * LANE_ROWS);
       if (lane % share == 0) {
-        const int value = lane / share, row = (t / SLICES - base) * TILE_ROWS + value % TILE_ROWS;
-        partial[(value / TILE_ROWS * PASS_GROUPS * TILE_ROWS + row) * PITCH + p.slice] = total;
+        const int value = lane % 16 / share, tile_row = lane / 16 * LANE_ROWS + value % LANE_ROWS;
+        const int row = (t / SLICES - base) * TILE_ROWS + tile_row;
+        partial[(value / LANE_ROWS * PASS_GROUPS * TILE_ROWS + row) * PITCH + p.slice] = total;
       }
     }
     sync_block();

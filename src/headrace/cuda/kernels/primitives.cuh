@@ -32,6 +32,11 @@ template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WAR
 DEVICE int lane_now() { int lane; asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); return lane; }
 DEVICE bool any_lane(bool p) { return __any_sync(FULL_WARP, p); }
 DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
+DEVICE int dp4a(u32 a, int b, int c) {  // bytes of a are unsigned
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
@@ -209,13 +214,13 @@ struct Stopwatch {
 
 DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Sums N values (a power of two ≤ 32) over the warp at once, halving the values a lane carries at
-// each step. Lane l ends with the sum of value l / (32 / N). The order of additions for a value is
+// Sums N values (a power of two ≤ LANES) over LANES neighbouring lanes at once, halving the values a lane carries at
+// each step. Lane l of them ends with the sum of value l / (LANES / N). The order of additions for a value is
 // the same whatever N is, so a row's result does not depend on how many rows travel together.
-template <int N> DEVICE float warp_sum_transposed(float (&v)[N]) {
+template <int LANES, int N> DEVICE float sum_transposed(float (&v)[N]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int step = 16, n = N; step; step >>= 1) {
+  for (int step = LANES / 2, n = N; step; step >>= 1) {
     if (n > 1) {
       n >>= 1;
       const bool upper = lane & step;

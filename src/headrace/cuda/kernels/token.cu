@@ -21,19 +21,19 @@ constexpr int BARRIERS = PRODUCTS + 1, HEADS_APART = KV_HEADS * HEAD_TILES;  // 
 
 struct Units { int first, last; };     // of a block
 struct Stretch { int first, groups; };  // of four rows, of one matrix
+DEVICE constexpr int groups_of(int rows) { return (rows + 15) / 16 * 16 / TILE_ROWS; }
 
 template <int FIRST_, bool NORM_, int K_, int UNIT, bool IS_PAIR, int A, int B = 0, int C = 0> struct Operation : Cut<K_, UNIT, IS_PAIR, A, B, C> {
   static constexpr int FIRST = FIRST_, COLUMNS = K_, UNIT_ROWS = UNIT;  // FIRST: of its matrices in Layer
   static constexpr bool NORM = NORM_, PAIRED = IS_PAIR;
   static constexpr int MATRICES = 1 + (B > 0) + (C > 0);
-  // What a block's units have of matrix M: neighbours. A pair's are the same of both.
-  template <int M> static DEVICE Stretch stretch(const Units& u) {
+  // What a block's units have of matrix m: neighbours. A pair's are the same of both.
+  static DEVICE Stretch stretch(int m, const Units& u) {
     const int first = u.first * (UNIT / TILE_ROWS), last = u.last * (UNIT / TILE_ROWS);
     if (IS_PAIR) return {first, last - first};
-    constexpr int rows[] = {A, B, C}, padded_rows[] = {(A + 15) / 16 * 16, (B + 15) / 16 * 16};
-    constexpr int before = ((M > 0 ? padded_rows[0] : 0) + (M > 1 ? padded_rows[1] : 0)) / TILE_ROWS;
-    constexpr int groups = (rows[M] + 15) / 16 * 16 / TILE_ROWS;
-    const int from = max(first - before, 0), to = min(last - before, groups);
+    constexpr int a = groups_of(A), b = groups_of(B), c = groups_of(C);
+    const int before = m == 0 ? 0 : m == 1 ? a : a + b, all = m == 0 ? a : m == 1 ? b : c;
+    const int from = max(first - before, 0), to = min(last - before, all);
     return {from, max(to - from, 0)};
   }
 };
@@ -63,7 +63,8 @@ struct TokenArgs {
 };
 
 #if ARCH >= 90
-constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32, STAGE_TILES = 4;
+constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32;
+constexpr int STAGE_TILES = 4, READERS = 2;  // readers: two warps, or one that counts twice
 constexpr int HALF_PAGE = HEAD_BYTES / 2, STAGE_BYTES = larger(STAGE_TILES * TILE_BYTES, HALF_PAGE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES, TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
 constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, (ATTEND_BYTES + 15) / 16 * 16);
@@ -71,7 +72,7 @@ constexpr int SHARED_BYTES = RING_BYTES + 2 * STAGES * 8 + TABLE_BYTES + WORK_BY
 
 struct Stage {
   u8* memory;
-  u64 *full, *empty;  // its copy has arrived; STAGE_TILES readers are done
+  u64 *full, *empty;  // its copy has arrived; its readers are done
   u32 parity;
   DEVICE const u8* wait() const {
     barrier_wait(full, parity);
@@ -136,30 +137,30 @@ struct Grid {
 struct Producer {
   const Shared& s;
   u32 n = 0;
-  DEVICE void put(const void* source, u32 bytes, int readers = STAGE_TILES) {
+  DEVICE void put(const void* source, u32 bytes) {
     const Stage stage = s.stage(n), before = s.stage(n - AHEAD);
     barrier_wait(stage.empty, stage.parity ^ 1);
     if (n >= AHEAD) barrier_wait(before.full, before.parity);
     barrier_arrive_expect(stage.full, bytes);
     copy_bulk(stage.memory, source, bytes, stage.full);
-    for (; readers < STAGE_TILES; ++readers) barrier_arrive(stage.empty);  // for those that will not come
     ++n;
   }
-  template <int OP, int M = 0> DEVICE void product(const Layer& layer, const Units& units) {
+  template <int OP> DEVICE void product(const Layer& layer, const Units& units) {
     using O = Of<OP>;
-    const Stretch here = O::template stretch<M>(units);
-    const int tiles = here.groups * O::SLICES;
-    with_type(layer.types[O::FIRST + M], [&](auto type) {
-      using T = Tiles<decltype(type)::value, O::COLUMNS>;
-      const u8* source = layer.weights[O::FIRST + M] + (u64)here.first * T::GROUP_BYTES;
-      for (int t = 0; t < tiles; t += STAGE_TILES) {
-        const int readers = min(STAGE_TILES, tiles - t);
-        const u32 bytes = T::span(t, t + readers);
-        put(source, bytes, readers);
-        source += bytes;
-      }
-    });
-    if constexpr (M + 1 < O::MATRICES) product<OP, M + 1>(layer, units);
+#pragma unroll 1
+    for (int m = 0; m < O::MATRICES; ++m) {
+      const Stretch here = O::stretch(m, units);
+      const int tiles = here.groups * O::SLICES;
+      with_type(layer.types[O::FIRST + m], [&](auto type) {
+        using T = Tiles<decltype(type)::value, O::COLUMNS>;
+        const u8* source = layer.weights[O::FIRST + m] + (u64)here.first * T::GROUP_BYTES;
+        for (int t = 0; t < tiles; t += STAGE_TILES) {
+          const u32 bytes = T::span(t, min(t + STAGE_TILES, tiles));
+          put(source, bytes);
+          source += bytes;
+        }
+      });
+    }
   }
   // Of each page of the block's splits: the keys of 32 positions, twice where there are more, and the values of half of
   // the dims, twice. written: what the barrier has counted when this token's keys and values are.
@@ -185,26 +186,40 @@ struct Producer {
   }
 };
 
-// The block's tiles of matrices M … of a product, whose first stage is n, to `partial`. t: the warp's next tile of all of
-// them, of which `done` belong to the matrices before.
-template <int OP, int M = 0> DEVICE void multiply(const Shared& s, const Layer& layer, const Units& units, const X& x, float* partial, u32& n, int t, int done = 0) {
+// The block's tiles of a product, of which the first stage is n, to `partial`. A warp takes a stage.
+template <int OP> DEVICE void multiply(const Shared& s, const Layer& layer, const Units& units, const X& x, float* partial, u32& n) {
   using O = Of<OP>;
-  const int lane = lane_now(), tiles = O::template stretch<M>(units).groups * O::SLICES;
-  with_type(layer.types[O::FIRST + M], [&](auto type) {
-    using T = Tiles<decltype(type)::value, O::COLUMNS>;
-    for (; t < done + tiles; t += WARPS) {
-      const int mine = t - done, slice = mine % O::SLICES;
-      const Stage stage = s.stage(n + mine / STAGE_TILES);
-      float sum[TILE_ROWS] = {};
-      auto wait = [&] { return stage.wait() + T::span(mine / STAGE_TILES * STAGE_TILES, mine); };
-      dot_tile<decltype(type)::value, O::COLUMNS, 1, false>(sum, wait, x, slice, lane);
-      stage.release(1);
-      const float total = warp_sum_transposed(sum);
-      if (lane % 8 == 0) partial[(t / O::SLICES * TILE_ROWS + lane / 8) * O::PITCH + slice] = total;
-    }
-  });
-  n += (tiles + STAGE_TILES - 1) / STAGE_TILES;
-  if constexpr (M + 1 < O::MATRICES) multiply<OP, M + 1>(s, layer, units, x, partial, n, t, done + tiles);
+  const int lane = lane_now(), value = lane % 16 / 4, row = lane / 16 * LANE_ROWS + value % LANE_ROWS;
+  int k = threadIdx.x >> 5, groups = 0;  // k: the warp's next stage; groups: of the matrices before
+#pragma unroll 1
+  for (int m = 0; m < O::MATRICES; ++m) {
+    const int here = O::stretch(m, units).groups, tiles = here * O::SLICES, stages = (tiles + STAGE_TILES - 1) / STAGE_TILES;
+    with_type(layer.types[O::FIRST + m], [&](auto type) {
+      using T = Tiles<decltype(type)::value, O::COLUMNS>;
+      for (; k < stages; k += WARPS) {
+        const Stage stage = s.stage(n + k);
+        const u8* const memory = stage.wait();
+#pragma unroll
+        for (int pair = 0; pair < STAGE_TILES; pair += 2) {
+          const int t = k * STAGE_TILES + pair;
+          float sum[2 * LANE_ROWS] = {};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float one[LANE_ROWS] = {};
+            auto tile = [&] { return memory + T::span(k * STAGE_TILES, t + i); };
+            if (tiles % STAGE_TILES == 0 || t + i < tiles) dot_tile<decltype(type)::value, O::COLUMNS, 1, false>(one, tile, x, (t + i) % O::SLICES, lane);
+#pragma unroll
+            for (int r = 0; r < LANE_ROWS; ++r) sum[i * LANE_ROWS + r] = one[r];
+          }
+          const float total = sum_transposed<16>(sum);
+          const int mine = t + value / LANE_ROWS;
+          if (lane % 4 == 0 && mine < tiles) partial[((groups + mine / O::SLICES) * TILE_ROWS + row) * O::PITCH + mine % O::SLICES] = total;
+        }
+        stage.release(READERS);
+      }
+    });
+    n += stages, k -= stages, groups += here;
+  }
 }
 
 // One product of all of the block's units: waits for x, and leaves the results to `out`.
@@ -224,7 +239,7 @@ template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Lay
   out.fetch(ready, 0, mine.n, mine.live);
   load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(in, nullptr, EPS, 0, 1, s.work, inverse_rms);
   sync_threads(1, CONSUMERS);
-  multiply<OP>(s, layer, units, x_at<O::COLUMNS, 1, false>(s.work), partial, n, threadIdx.x >> 5);
+  multiply<OP>(s, layer, units, x_at<O::COLUMNS, 1, false>(s.work), partial, n);
   sync_threads(1, CONSUMERS);
 
   auto result = [&](int local) {  // sum over the slices, in order
@@ -259,7 +274,7 @@ struct InRing {
     const Stage keys = s.stage(keys_at);
     const uint4* const first = (const uint4*)keys.wait() + (lane_now() & 3);
     add_scores(score, q, [&](int tile, int j) { return first[key_position(tile) * (CACHE_DIM / 8) + 4 * j]; });
-    keys.release(STAGE_TILES);
+    keys.release(READERS);
   }
   DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
     constexpr int TILES = CACHE_DIM / 16;  // of 8 dims, in a stage
@@ -269,7 +284,7 @@ struct InRing {
       if (d % TILES == 0) first = (const uint4*)s.stage(values_at + d / TILES).wait() + place;
       return first[d % TILES * PAGE_SIZE];
     }, count);
-    for (u32 i = 0; i < 2; ++i) s.stage(values_at + i).release(both ? STAGE_TILES / 2 : STAGE_TILES);
+    for (u32 i = 0; i < 2; ++i) s.stage(values_at + i).release(both ? READERS / 2 : READERS);
   }
 };
 
@@ -310,7 +325,7 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   for (u32 i = threadIdx.x; i < LAYERS * sizeof(Layer) / 4; i += blockDim.x) ((u32*)s.layers)[i] = table[i];
   for (u32 i = threadIdx.x; i < LAYERS * PRODUCTS * 2; i += blockDim.x) ((u32*)s.units)[i] = units[i];
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(s.full + i, 1), barrier_init(s.empty + i, STAGE_TILES);
+    for (int i = 0; i < STAGES; ++i) barrier_init(s.full + i, 1), barrier_init(s.empty + i, READERS);
     barrier_init_fence();
   }
   sync_block();
