@@ -10,7 +10,7 @@ import pytest
 
 from headrace.cuda.host import HostDevice
 from headrace.cuda.runner import CUDARunner
-from headrace.cuda.token import token_shape
+from headrace.cuda.token import WARPS, token_shape
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.synth import write_synthetic
@@ -56,6 +56,22 @@ def test_as_the_launches(decoder_of, shape: str, recipe: str, sm_count: int, len
     decoder = decoder_of(shape, recipe)
     wanted = tokens_after(HostDevice(sm_count=sm_count), decoder, length)
     got = tokens_after(HostDevice(sm_count=sm_count, seed=9), decoder, length, one_kernel=True)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("length", [3, 700])
+def test_the_smallest_ring(decoder_of, length: int) -> None:
+    """As many stages as are needed, and no more: all of them are filled many times."""
+    decoder = decoder_of("llama-tiny", "Q4_K_M")
+    device = HostDevice(sm_count=1, seed=3)
+    wanted = tokens_after(HostDevice(sm_count=1), decoder, length)
+    while token_shape(decoder, device) is not None:
+        device.shared_limit -= 512
+    device.shared_limit += 512
+    shape = token_shape(decoder, device)
+    assert shape is not None
+    assert shape.constants["STAGES"] == WARPS
+    got = tokens_after(device, decoder, length, one_kernel=True)
     np.testing.assert_array_equal(got, wanted)
 
 

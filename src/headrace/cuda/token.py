@@ -27,12 +27,12 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-WARPS = 11
-"""That multiply; with the one that streams, as many as leave a thread 168 registers."""
-STAGE_TILES = 4
+WARPS = 15
+"""That multiply; with the one that streams, as many as leave a thread 128 registers."""
+_LARGEST_STAGE = 12 << 10
+"""Bytes of four tiles that are a stage; of larger ones it is two."""
 AHEAD = 3
 """Stages under way at once, of one multiprocessor. docs/decisions/017 has what was measured."""
-_FEWEST_STAGES = 2 * AHEAD
 
 Operations = tuple[ProjectQKV, Attend, ProjectOut, FeedForwardIn, FeedForwardOut]
 KINDS = (ProjectQKV, Attend, ProjectOut, FeedForwardIn, FeedForwardOut)
@@ -102,13 +102,13 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         )
     )  # fmt: skip
     product_bytes = padded(widest) // GROUP * 24 + 4 * partials + 16
-    tile_bytes = max(layout.max_tile_bytes for layout in flat)
-    table = len(layers) * (sizeof(c.TokenLayer) + 4 * 8)
+    table = len(layers) * (sizeof(c.TokenLayer) + 4 * 8) + 16
     rest = table + max(product_bytes, attend_bytes)
     half_page = shape.page_bytes() // shape.n_kv_heads // 2
-    stage_bytes = max(STAGE_TILES * tile_bytes, half_page) + 16
-    stages = min(24, (device.shared_limit - rest) // stage_bytes)
-    if stages < _FEWEST_STAGES:
+    of_tiles = max(_stage_bytes(layout.max_tile_bytes) for layout in flat)
+    stage_bytes = max(of_tiles, half_page)
+    stages = min(24, (device.shared_limit - rest) // (stage_bytes + 16))
+    if stages < max(WARPS, 2 * launchers.ATTEND_WARPS - 2):  # kernels/token.cu says why
         return None
     constants = attention | {
         "LAYERS": len(layers),
@@ -118,14 +118,18 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         "EPS": float(qkv.norm.eps),
         "ACTIVATION": launchers.ACTIVATIONS[up.activation],
         "WARPS": WARPS,
-        "TILE_BYTES": tile_bytes,
+        "STAGE_BYTES": stage_bytes,
         "STAGES": stages,
         "AHEAD": AHEAD,
         "PARTIALS": partials,
         "GRID": len(units),
         "KEYS_AHEAD": 1,
     }
-    return TokenShape(layers, constants, units, stages * stage_bytes + rest)
+    return TokenShape(layers, constants, units, stages * (stage_bytes + 16) + rest)
+
+
+def _stage_bytes(tile_bytes: int) -> int:
+    return tile_bytes * (4 if 4 * tile_bytes <= _LARGEST_STAGE else 2)
 
 
 def layer_entry(matrices: Sequence[Matrix], gains: Sequence[int], cache: LayerCache) -> bytes:

@@ -23,17 +23,18 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
     if (base <= target.position) prefetch(a.cache, page, target.kv_head, base);
   }
   BEGIN(args);
-  if (split >= target.splits.count) return;
   u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
-  auto read = [&](Warp& w, const uint4* q, int one) {
-    const Range range = range_of(target.splits, one, target.position);
-    int base = first_base(target.splits, one, warp);
-    if (one != split && base < range.high) page = a.cache.page(target.slot, base);
-    for (; base < range.high; base += ATTEND_WARPS * STEP) {
-      w.step(q, InMemory{a.cache, page, target.kv_head, base}, base, range.low, range.high);
-      if (base + ATTEND_WARPS * STEP < range.high) page = a.cache.page(target.slot, base + ATTEND_WARPS * STEP);
-    }
-  };
-  attend_splits(a, target, split, gridDim.y, shared, arrived, threadIdx.x, read, sync_block);
+  for (int one = split; one < target.splits.count; one += gridDim.y) {
+    auto read = [&](Warp& w, const uint4* q) {
+      const Range range = range_of(target.splits, one, target.position);
+      int base = first_base(target.splits, one, warp);
+      if (one != split && base < range.high) page = a.cache.page(target.slot, base);
+      for (; base < range.high; base += ATTEND_WARPS * STEP) {
+        w.step(q, InMemory{a.cache, page, target.kv_head, base}, base, range.low, range.high);
+        if (base + ATTEND_WARPS * STEP < range.high) page = a.cache.page(target.slot, base + ATTEND_WARPS * STEP);
+      }
+    };
+    attend_split(a, target, one, shared, arrived, threadIdx.x, read, sync_block);
+  }
 }
 HOST_ENTRY(attend, AttendArgs)

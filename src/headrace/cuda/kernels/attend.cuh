@@ -165,13 +165,11 @@ struct Target {
   }
 };
 
-// Splits `first`, `first` + `stride`, … of a target, by the ATTEND_WARPS warps of which `thread` is one. read(w, q, split)
-// takes the thread's warp's steps of a split. shared: ATTEND_BYTES. arrived: the target's own, zero between launches.
-// sync(): their barrier.
+// One split of a target, by the ATTEND_WARPS warps of which `thread` is one. read(w, q) takes the thread's warp's steps.
+// shared: ATTEND_BYTES. arrived: the target's own, zero between launches. sync(): their barrier.
 template <class Read, class Sync>
-DEVICE void attend_splits(const Attention& a, const Target& t, int first, int stride, u8* shared, u32* arrived, int thread, Read&& read, Sync&& sync) {
-  const int row = t.row, first_head = t.first_head, heads = t.heads;
-  const Splits splits = t.splits;
+DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* shared, u32* arrived, int thread, Read&& read, Sync&& sync) {
+  const int row = t.row, first_head = t.first_head, heads = t.heads, count = t.splits.count;
   uint4* const q = (uint4*)shared;                                 // [FRAGMENTS, lane]
   float* const sums = (float*)(q + FRAGMENTS * 32);                // [ATTEND_WARPS, MOST_HEADS, CACHE_DIM]
   float2* const max_sums = (float2*)(sums + ATTEND_WARPS * MOST_HEADS * CACHE_DIM);  // [ATTEND_WARPS, MOST_HEADS]
@@ -197,52 +195,50 @@ DEVICE void attend_splits(const Attention& a, const Target& t, int first, int st
     store_group(out, column, v, 1.f, live);
   };
 
-  for (int split = first; split < splits.count; split += stride) {
-    Warp w;
-    read(w, q, split);
-    w.sum += shuffle_xor(w.sum, 1);
-    w.sum += shuffle_xor(w.sum, 2);
-    if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
+  Warp w;
+  read(w, q);
+  w.sum += shuffle_xor(w.sum, 1);
+  w.sum += shuffle_xor(w.sum, 2);
+  if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
 #pragma unroll
-    for (int d = 0; d < CACHE_DIM / 8; ++d) {
-      const float* c = w.accumulator[d];
-      if (line < MOST_HEADS)
-        *(float2*)(sums + (warp * MOST_HEADS + line) * CACHE_DIM + 8 * d + 2 * quad) = make_float2(c[0] + c[2], c[1] + c[3]);
+  for (int d = 0; d < CACHE_DIM / 8; ++d) {
+    const float* c = w.accumulator[d];
+    if (line < MOST_HEADS)
+      *(float2*)(sums + (warp * MOST_HEADS + line) * CACHE_DIM + 8 * d + 2 * quad) = make_float2(c[0] + c[2], c[1] + c[3]);
+  }
+  sync();
+  for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) {
+    const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
+    float largest = -INFINITY, sum = 0.f, v = 0.f;
+#pragma unroll
+    for (int k = 0; k < ATTEND_WARPS; ++k) largest = fmaxf(largest, max_sums[k * MOST_HEADS + head].x);
+#pragma unroll
+    for (int k = 0; k < ATTEND_WARPS; ++k) {
+      const float2 m = max_sums[k * MOST_HEADS + head];
+      const float scale = expf(m.x - largest);
+      sum = fmaf(m.y, scale, sum);
+      v = fmaf(sums[(k * MOST_HEADS + head) * CACHE_DIM + dim], scale, v);
     }
-    sync();
-    for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) {
-      const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
-      float largest = -INFINITY, sum = 0.f, v = 0.f;
-#pragma unroll
-      for (int k = 0; k < ATTEND_WARPS; ++k) largest = fmaxf(largest, max_sums[k * MOST_HEADS + head].x);
-#pragma unroll
-      for (int k = 0; k < ATTEND_WARPS; ++k) {
-        const float2 m = max_sums[k * MOST_HEADS + head];
-        const float scale = expf(m.x - largest);
-        sum = fmaf(m.y, scale, sum);
-        v = fmaf(sums[(k * MOST_HEADS + head) * CACHE_DIM + dim], scale, v);
-      }
-      if (splits.count == 1) finish(head, dim, v / sum);
-      else {
-        const u64 at = ((u64)row * HEADS + first_head + head) * MAX_SPLITS + split;
-        a.partial[at * CACHE_DIM + dim] = v;
-        if (dim == 0) a.partial_max_sum[at] = make_float2(largest, sum);
-      }
+    if (count == 1) finish(head, dim, v / sum);
+    else {
+      const u64 at = ((u64)row * HEADS + first_head + head) * MAX_SPLITS + split;
+      a.partial[at * CACHE_DIM + dim] = v;
+      if (dim == 0) a.partial_max_sum[at] = make_float2(largest, sum);
     }
-    if (splits.count == 1) return;
+  }
+  if (count == 1) return;
+  fence_device();
+  sync();
+  if (thread == 0) *is_last = atomic_add(arrived, 1) == (u32)count - 1;
+  sync();
+  if (*is_last) {
     fence_device();
+    if (thread == 0) *arrived = 0;
+    const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
+    join_weights(thread, a.partial_max_sum + at, heads, count, weights);
     sync();
-    if (thread == 0) *is_last = atomic_add(arrived, 1) == (u32)splits.count - 1;
+    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums);
     sync();
-    if (*is_last) {
-      fence_device();
-      if (thread == 0) *arrived = 0;
-      const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
-      join_weights(thread, a.partial_max_sum + at, heads, splits.count, weights);
-      sync();
-      join(thread, a.partial + at * CACHE_DIM, heads, splits.count, weights, sums);
-      sync();
-      for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
-    }
+    for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
   }
 }

@@ -3,14 +3,14 @@
 // layers through one ring of shared memory, so that memory works on while the others finish an operation, wait for
 // the other blocks at a barrier in device memory, and load the next x.
 //
-// A stage of the ring holds STAGE_TILES tiles of a matrix, keys of 32 positions, or values of half of the dims of a page.
+// A stage of the ring holds two or four tiles of a matrix, keys of 32 positions, or values of half of the dims of a page.
 // Not more than AHEAD stages are under way at a time: more would fill the memory's queues, and the few loads that everybody
 // waits for, of counters and activations, would queue behind them.
 //
 // Bit-equal to the launches it stands for: the same dots, epilogues and splits, in the same order.
 //
 // Macros: LAYERS, D_MODEL, D_FF, TYPES (a bit for each type of the weights), EPS, ACTIVATION; attend.cuh's and
-// kv_cache.cuh's (of f16); WARPS, TILE_BYTES and STAGES of the ring, AHEAD, PARTIALS (floats), GRID.
+// kv_cache.cuh's (of f16); WARPS, STAGE_BYTES and STAGES of the ring, AHEAD, PARTIALS (floats), GRID.
 #include "attend.cuh"
 #include "cut.cuh"
 #include "dots.cuh"
@@ -64,11 +64,14 @@ struct TokenArgs {
 
 #if ARCH >= 90
 constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32;
-constexpr int STAGE_TILES = 4, READERS = 2;  // readers: two warps, or one that counts twice
-constexpr int HALF_PAGE = HEAD_BYTES / 2, STAGE_BYTES = larger(STAGE_TILES * TILE_BYTES, HALF_PAGE);
+constexpr int HALF_PAGE = HEAD_BYTES / 2, READERS = 2;  // of a stage: two warps, or one that counts twice
+template <class T> constexpr int STAGE_TILES = 4 * T::MAX_BYTES <= STAGE_BYTES ? 4 : 2;
+// A warp may wait for a stage when that of the round before has arrived, or it would take the one before that for it.
+static_assert(WARPS <= STAGES && 2 * ATTEND_WARPS - 2 <= STAGES && AHEAD < STAGES);
+static_assert(HALF_PAGE <= STAGE_BYTES);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES, TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
 constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, (ATTEND_BYTES + 15) / 16 * 16);
-constexpr int SHARED_BYTES = RING_BYTES + 2 * STAGES * 8 + TABLE_BYTES + WORK_BYTES;
+constexpr int SHARED_BYTES = RING_BYTES + 2 * STAGES * 8 + TABLE_BYTES + 16 + WORK_BYTES;
 
 struct Stage {
   u8* memory;
@@ -89,10 +92,11 @@ struct Shared {
   u64 *full, *empty;  // [STAGES]
   Layer* layers;
   Units* units;       // [LAYERS, PRODUCTS]
+  u32* target;        // what the grid's barrier counts to
   u8* work;           // of one operation: x, sums and 1/rms, or attention's
   DEVICE explicit Shared(u8* p)
       : ring(p), full((u64*)(p + RING_BYTES)), empty(full + STAGES), layers((Layer*)(empty + STAGES)),
-        units((Units*)(layers + LAYERS)), work((u8*)(units + LAYERS * PRODUCTS)) {}
+        units((Units*)(layers + LAYERS)), target((u32*)(units + LAYERS * PRODUCTS)), work((u8*)(target + 4)) {}
   DEVICE Stage stage(u32 n) const {
     const u32 i = n % STAGES;
     return {ring + i * STAGE_BYTES, full + i, empty + i, n / STAGES & 1};
@@ -111,22 +115,22 @@ template <int TYPE = 0, class F> DEVICE void with_type(int type, F&& f) {
 
 // The blocks' barrier between operations: what any wrote before arrive() all see after wait(). Consumers call both.
 struct Grid {
-  u32 *arrivals, target;
-  STAMPS  // of the operation
+  u32 *arrivals, *target;  // target, in shared memory, is the first thread's
+  STAMPS                   // of the operation
   DEVICE void arrive() {
     sync_threads(1, CONSUMERS);
     if (threadIdx.x == 0) {
       NOTE(stamps + 1, global_time());
       add_release(arrivals, 1);
+      *target += GRID;
     }
-    target += GRID;
 #if TIMED
     stamps += 2;
 #endif
   }
   DEVICE void wait() const {
     if (threadIdx.x == 0) {
-      wait_at_least(arrivals, target);
+      wait_at_least(arrivals, *target);
       NOTE(stamps, ~global_time());
     }
     sync_threads(1, CONSUMERS);
@@ -154,8 +158,8 @@ struct Producer {
       with_type(layer.types[O::FIRST + m], [&](auto type) {
         using T = Tiles<decltype(type)::value, O::COLUMNS>;
         const u8* source = layer.weights[O::FIRST + m] + (u64)here.first * T::GROUP_BYTES;
-        for (int t = 0; t < tiles; t += STAGE_TILES) {
-          const u32 bytes = T::span(t, min(t + STAGE_TILES, tiles));
+        for (int t = 0; t < tiles; t += STAGE_TILES<T>) {
+          const u32 bytes = T::span(t, min(t + STAGE_TILES<T>, tiles));
           put(source, bytes);
           source += bytes;
         }
@@ -193,21 +197,23 @@ template <int OP> DEVICE void multiply(const Shared& s, const Layer& layer, cons
   int k = threadIdx.x >> 5, groups = 0;  // k: the warp's next stage; groups: of the matrices before
 #pragma unroll 1
   for (int m = 0; m < O::MATRICES; ++m) {
-    const int here = O::stretch(m, units).groups, tiles = here * O::SLICES, stages = (tiles + STAGE_TILES - 1) / STAGE_TILES;
+    const int here = O::stretch(m, units).groups, tiles = here * O::SLICES;
     with_type(layer.types[O::FIRST + m], [&](auto type) {
-      using T = Tiles<decltype(type)::value, O::COLUMNS>;
+      constexpr int TYPE = decltype(type)::value;
+      using T = Tiles<TYPE, O::COLUMNS>;
+      const int stages = (tiles + STAGE_TILES<T> - 1) / STAGE_TILES<T>;
       for (; k < stages; k += WARPS) {
         const Stage stage = s.stage(n + k);
         const u8* const memory = stage.wait();
+        const int first = k * STAGE_TILES<T>;
 #pragma unroll
-        for (int pair = 0; pair < STAGE_TILES; pair += 2) {
-          const int t = k * STAGE_TILES + pair;
+        for (int t = first; t < first + STAGE_TILES<T>; t += 2) {  // two at a time
           float sum[2 * LANE_ROWS] = {};
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float one[LANE_ROWS] = {};
-            auto tile = [&] { return memory + T::span(k * STAGE_TILES, t + i); };
-            if (tiles % STAGE_TILES == 0 || t + i < tiles) dot_tile<decltype(type)::value, O::COLUMNS, 1, false>(one, tile, x, (t + i) % O::SLICES, lane);
+            auto tile = [&] { return memory + T::span(first, t + i); };
+            if (t + i < tiles) dot_tile<TYPE, O::COLUMNS, 1, false>(one, tile, x, (t + i) % O::SLICES, lane);
 #pragma unroll
             for (int r = 0; r < LANE_ROWS; ++r) sum[i * LANE_ROWS + r] = one[r];
           }
@@ -217,8 +223,9 @@ template <int OP> DEVICE void multiply(const Shared& s, const Layer& layer, cons
         }
         stage.release(READERS);
       }
+      n += stages, k -= stages;
     });
-    n += stages, k -= stages, groups += here;
+    groups += here;
   }
 }
 
@@ -299,7 +306,7 @@ DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
     const int split = item / HEADS_APART;
     const Range range = range_of(target.splits, split, target.position);
     const int first = range.low / PAGE_SIZE, end = range.high;
-    auto read = [&](Warp& w, const uint4* q, int) {
+    auto read = [&](Warp& w, const uint4* q) {
       for (int base = first_base(target.splits, split, warp); base < end; base += ATTEND_WARPS * STEP) {
         const int half = base / STEP % 2;
         const bool both = end - base + half * STEP > STEP;
@@ -308,8 +315,7 @@ DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
       }
     };
     if (warp < ATTEND_WARPS)
-      attend_splits(a, target, split, target.splits.count, s.work, a.arrived + item % HEADS_APART, thread, read,
-                    [] { sync_threads(2, ATTEND_WARPS * 32); });
+      attend_split(a, target, split, s.work, a.arrived + item % HEADS_APART, thread, read, [] { sync_threads(2, ATTEND_WARPS * 32); });
     n += 4 * ((end - 1) / PAGE_SIZE - first + 1) - ((end - 1) % PAGE_SIZE < STEP);
   }
   grid.arrive();
@@ -354,8 +360,8 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   }
   u32 n = 0;
   dependency_wait();
-  const u32 begun = load_fresh(a.barrier + 1);
-  Grid grid = {a.barrier, begun GIVE_STAMPS(a)};
+  if (threadIdx.x == 0) *s.target = load_fresh(a.barrier + 1);
+  Grid grid = {a.barrier, s.target GIVE_STAMPS(a)};
   for (int l = 0; l < LAYERS; ++l) {
     const Layer& layer = s.layers[l];
     const Units* of = s.units + l * PRODUCTS;
@@ -366,9 +372,9 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
     consume<GATE_UP>(s, layer, of[GATE_UP], a.x, Product<D_FF>{a.hidden}, grid, n);
     consume<DOWN>(s, layer, of[DOWN], a.hidden, Residual<D_MODEL>{a.x, layer.gains[1]}, grid, n);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {  // all have read `begun`: they have arrived since
-    wait_at_least(a.barrier, grid.target);
-    a.barrier[1] = grid.target;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {  // all have read the counter as it was: they have arrived since
+    wait_at_least(a.barrier, *s.target);
+    a.barrier[1] = *s.target;
   }
 #endif
 }
