@@ -316,10 +316,5 @@ template <int TYPE, int COLUMNS> struct Tiles {
   // Constants where there is no partial slice.
   static DEVICE int blocks(int slice) { return TAIL_BLOCKS == 0 || slice < FULL ? FULL_BLOCKS : TAIL_BLOCKS; }
   static DEVICE u32 bytes(int slice) { return TAIL_BLOCKS == 0 || slice < FULL ? FULL_BYTES : TAIL_BYTES; }
-  // Of tiles `first` to `last`, counted through the slices of each group.
-  static DEVICE u32 span(int first, int last) {
-    if (TAIL_BLOCKS == 0) return (last - first) * FULL_BYTES;
-    return (last / SLICES - first / SLICES) * GROUP_BYTES + (last % SLICES - first % SLICES) * FULL_BYTES;
-  }
   static DEVICE u64 offset(int group, int slice) { return (u64)group * GROUP_BYTES + (u32)slice * FULL_BYTES; }
 };

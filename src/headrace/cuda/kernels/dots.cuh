@@ -8,17 +8,17 @@ struct X {
   const int4* quants;
   const uint2* scales;
   const float* values;
+  int columns;  // from row to row
 };
 
-// sum[t × LANE_ROWS + r] = this lane's share of the r-th of its rows of the tile against row t of x, whose rows have so many
-// columns; wait() returns the tile when it is there. half_warp_sum_transposed adds the shares up.
-template <int TYPE, int COLUMNS, int N_ROWS, bool FLOATS, class Wait>
-DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, int slice, int lane) {
+// sum[t × LANE_ROWS + r] = this lane's share of the r-th of its rows of a tile against row t of x: the tile of a slice, of
+// so many blocks a row; wait() returns it when it is there. sum_transposed<16> adds the shares up.
+template <int TYPE, int N_ROWS, bool FLOATS, class Wait>
+DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, int slice, int blocks, int lane) {
   if constexpr (TYPE != NONE) {
     using B = Block<TYPE>;
-    const int blocks = Tiles<TYPE, COLUMNS>::blocks(slice), l = lane & 15, first_row = lane / 16 * LANE_ROWS;
-    constexpr bool ODD = B::SIZE == 32 && COLUMNS % 64;  // the last lane has half a share
-    auto absent = [&](int i) { return ODD && B::block(l, i >> 1) >= blocks; };
+    const int l = lane & 15, first_row = lane / 16 * LANE_ROWS;
+    auto absent = [&](int i) { return B::SIZE == 32 && blocks % 2 && B::block(l, i >> 1) >= blocks; };
     if constexpr (FLOATS) {
       const u8* tile = wait();
       if (!B::active(l, blocks)) return;
@@ -32,7 +32,7 @@ DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, 
           const int column = (slice * (TILE_COLUMNS / GROUP) + B::group(l, i)) * GROUP;
 #pragma unroll
           for (int t = 0; t < N_ROWS; ++t) {
-            const float4* at = (const float4*)(x.values + t * COLUMNS + column);
+            const float4* at = (const float4*)(x.values + t * x.columns + column);
             float s = sum[t * LANE_ROWS + r];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -52,7 +52,7 @@ DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, 
         for (int i = 0; i < B::WEIGHTS; ++i) sums[i] = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int group = t * (padded(COLUMNS) / GROUP) + slice * (TILE_COLUMNS / GROUP) + B::group(l, i);
+          const int group = t * (padded(x.columns) / GROUP) + slice * (TILE_COLUMNS / GROUP) + B::group(l, i);
           quants[i] = x.quants[quant_slot(group)];
           const uint2 s = x.scales[scale_slot(group)];
           constexpr float of[2] = {1.f, 0.0625f};
@@ -107,7 +107,7 @@ DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, 
 template <int COLUMNS, int N_ROWS, bool FLOATS> constexpr int X_BYTES_OF = FLOATS ? N_ROWS * COLUMNS * 4 : N_ROWS * padded(COLUMNS) / GROUP * 24;
 
 template <int COLUMNS, int N_ROWS, bool FLOATS> DEVICE X x_at(const u8* shared) {
-  return {(const int4*)shared, (const uint2*)(shared + N_ROWS * padded(COLUMNS)), (const float*)shared};
+  return {(const int4*)shared, (const uint2*)(shared + N_ROWS * padded(COLUMNS)), (const float*)shared, COLUMNS};
 }
 
 // Rows of x from `first_row` on into shared memory, and 1/rms of each. gain: the norm's, for floats. WARP_COUNT warps call.

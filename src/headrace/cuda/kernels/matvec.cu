@@ -39,7 +39,8 @@ constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
 constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
 
 template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * LANE_ROWS], R& ring, const X& x, int slice) {
-  if constexpr (TYPE != NONE) dot_tile<TYPE, K, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, threadIdx.x & 31);
+  if constexpr (TYPE != NONE)
+    dot_tile<TYPE, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, Tiles<TYPE, K>::blocks(slice), threadIdx.x & 31);
 }
 
 struct MatvecArgs {

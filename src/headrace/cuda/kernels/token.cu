@@ -43,6 +43,14 @@ template <> struct Of<QKV> : Operation<0, true, D_MODEL, TILE_ROWS, false, Q_ROW
 template <> struct Of<OUT> : Operation<3, false, Q_ROWS, 16, false, D_MODEL> {};
 template <> struct Of<GATE_UP> : Operation<4, true, D_MODEL, 16, true, D_FF, D_FF> {};
 template <> struct Of<DOWN> : Operation<6, false, D_FF, 16, false, D_MODEL> {};
+// Calls f with one of them. Only what is short may be in f: an operation that runs once a layer runs at the speed at
+// which its instructions arrive.
+template <class F> DEVICE void with_operation(int op, F&& f) {
+  if (op == QKV) f(Of<QKV>{});
+  else if (op == OUT) f(Of<OUT>{});
+  else if (op == GATE_UP) f(Of<GATE_UP>{});
+  else f(Of<DOWN>{});
+}
 
 struct Layer {
   const u8* weights[7];   // q, k, v, output, gate, up, down
@@ -65,7 +73,6 @@ struct TokenArgs {
 #if ARCH >= 90
 constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32;
 constexpr int HALF_PAGE = HEAD_BYTES / 2, READERS = 2;  // of a stage: two warps, or one that counts twice
-template <class T> constexpr int STAGE_TILES = 4 * T::MAX_BYTES <= STAGE_BYTES ? 4 : 2;
 // A warp may wait for a stage when that of the round before has arrived, or it would take the one before that for it.
 static_assert(WARPS <= STAGES && 2 * ATTEND_WARPS - 2 <= STAGES && AHEAD < STAGES);
 static_assert(HALF_PAGE <= STAGE_BYTES);
@@ -113,6 +120,24 @@ template <int TYPE = 0, class F> DEVICE void with_type(int type, F&& f) {
   else with_type<TYPE + 1>(type, f);
 }
 
+// Tiles of a matrix with so many columns. Where all have whole slices only, sizes are constants.
+template <int TYPE> struct Stream {
+  using B = Block<TYPE>;
+  static constexpr bool WHOLE = D_MODEL % TILE_COLUMNS == 0 && D_FF % TILE_COLUMNS == 0 && Q_ROWS % TILE_COLUMNS == 0;
+  static constexpr int FULL_BLOCKS = TILE_COLUMNS / B::SIZE, FULL_BYTES = B::bytes(FULL_BLOCKS);
+  static constexpr int LARGEST = WHOLE || WIDEST >= TILE_COLUMNS ? FULL_BYTES : B::bytes(WIDEST / B::SIZE);
+  static constexpr int STAGE_TILES = 4 * LARGEST <= STAGE_BYTES ? 4 : 2;
+  int slices, tail_blocks;
+  DEVICE explicit Stream(int columns) : slices((columns + TILE_COLUMNS - 1) / TILE_COLUMNS), tail_blocks(columns % TILE_COLUMNS / B::SIZE) {}
+  DEVICE int blocks(int slice) const { return WHOLE || tail_blocks == 0 || slice < slices - 1 ? FULL_BLOCKS : tail_blocks; }
+  DEVICE int group_bytes() const { return WHOLE || tail_blocks == 0 ? slices * FULL_BYTES : (slices - 1) * FULL_BYTES + B::bytes(tail_blocks); }
+  // Of tiles `first` to `last`, counted through the slices of each group.
+  DEVICE int span(int first, int last) const {
+    if (WHOLE) return (last - first) * FULL_BYTES;
+    return (last / slices - first / slices) * group_bytes() + (last % slices - first % slices) * FULL_BYTES;
+  }
+};
+
 // The blocks' barrier between operations: what any wrote before arrive() all see after wait(). Consumers call both.
 struct Grid {
   u32 *arrivals, *target;  // target, in shared memory, is the first thread's
@@ -149,22 +174,27 @@ struct Producer {
     copy_bulk(stage.memory, source, bytes, stage.full);
     ++n;
   }
-  template <int OP> DEVICE void product(const Layer& layer, const Units& units) {
-    using O = Of<OP>;
+  DEVICE void product(int op, const Layer& layer, const Units& units) {
+    with_operation(op, [&](auto o) {
+      using O = decltype(o);
 #pragma unroll 1
-    for (int m = 0; m < O::MATRICES; ++m) {
-      const Stretch here = O::stretch(m, units);
-      const int tiles = here.groups * O::SLICES;
-      with_type(layer.types[O::FIRST + m], [&](auto type) {
-        using T = Tiles<decltype(type)::value, O::COLUMNS>;
-        const u8* source = layer.weights[O::FIRST + m] + (u64)here.first * T::GROUP_BYTES;
-        for (int t = 0; t < tiles; t += STAGE_TILES<T>) {
-          const u32 bytes = T::span(t, min(t + STAGE_TILES<T>, tiles));
-          put(source, bytes);
-          source += bytes;
-        }
-      });
-    }
+      for (int m = 0; m < O::MATRICES; ++m) {
+        const Stretch here = O::stretch(m, units);
+        matrix(layer.types[O::FIRST + m], layer.weights[O::FIRST + m], O::COLUMNS, here);
+      }
+    });
+  }
+  DEVICE void matrix(int type, const u8* weights, int columns, const Stretch& here) {
+    with_type(type, [&](auto constant) {
+      const Stream<decltype(constant)::value> stream(columns);
+      const int tiles = here.groups * stream.slices;
+      const u8* source = weights + (u64)here.first * stream.group_bytes();
+      for (int t = 0; t < tiles; t += stream.STAGE_TILES) {
+        const int bytes = stream.span(t, min(t + stream.STAGE_TILES, tiles));
+        put(source, bytes);
+        source += bytes;
+      }
+    });
   }
   // Of each page of the block's splits: the keys of 32 positions, twice where there are more, and the values of half of
   // the dims, twice. written: what the barrier has counted when this token's keys and values are.
@@ -190,84 +220,109 @@ struct Producer {
   }
 };
 
-// The block's tiles of a product, of which the first stage is n, to `partial`. A warp takes a stage.
-template <int OP> DEVICE void multiply(const Shared& s, const Layer& layer, const Units& units, const X& x, float* partial, u32& n) {
-  using O = Of<OP>;
-  const int lane = lane_now(), value = lane % 16 / 4, row = lane / 16 * LANE_ROWS + value % LANE_ROWS;
-  int k = threadIdx.x >> 5, groups = 0;  // k: the warp's next stage; groups: of the matrices before
+// The block's tiles of one matrix, to `partial` [row, slice]. A warp takes a stage; k, counted from stage n on, is its next.
+DEVICE void multiply(const Shared& s, int type, int groups, const X& x, float* partial, u32& n, int& k) {
+  const int lane = lane_now();
+  with_type(type, [&](auto constant) {
+    constexpr int TYPE = decltype(constant)::value;
+    using T = Stream<TYPE>;
+    const T stream(x.columns);
+    const int tiles = groups * stream.slices, pitch = stream.slices | 1, stages = (tiles + T::STAGE_TILES - 1) / T::STAGE_TILES;
+    for (; k < stages; k += WARPS) {
+      const Stage stage = s.stage(n + k);
+      const u8* tile = stage.wait();
+      const int first = k * T::STAGE_TILES;
+      int slice = first % stream.slices, row = first / stream.slices * TILE_ROWS;
 #pragma unroll 1
-  for (int m = 0; m < O::MATRICES; ++m) {
-    const int here = O::stretch(m, units).groups, tiles = here * O::SLICES;
-    with_type(layer.types[O::FIRST + m], [&](auto type) {
-      constexpr int TYPE = decltype(type)::value;
-      using T = Tiles<TYPE, O::COLUMNS>;
-      const int stages = (tiles + STAGE_TILES<T> - 1) / STAGE_TILES<T>;
-      for (; k < stages; k += WARPS) {
-        const Stage stage = s.stage(n + k);
-        const u8* const memory = stage.wait();
-        const int first = k * STAGE_TILES<T>;
+      for (int t = first; t < min(first + T::STAGE_TILES, tiles); t += 2) {  // two at a time
+        float sum[2 * LANE_ROWS] = {};
+        int places[2];
 #pragma unroll
-        for (int t = first; t < first + STAGE_TILES<T>; t += 2) {  // two at a time
-          float sum[2 * LANE_ROWS] = {};
+        for (int i = 0; i < 2; ++i) {
+          float one[LANE_ROWS] = {};
+          places[i] = t + i < tiles ? row * pitch + slice : -1;
+          const int blocks = stream.blocks(slice);
+          if (t + i < tiles) dot_tile<TYPE, 1, false>(one, [&] { return tile; }, x, slice, blocks, lane);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float one[LANE_ROWS] = {};
-            auto tile = [&] { return memory + T::span(first, t + i); };
-            if (t + i < tiles) dot_tile<TYPE, O::COLUMNS, 1, false>(one, tile, x, (t + i) % O::SLICES, lane);
-#pragma unroll
-            for (int r = 0; r < LANE_ROWS; ++r) sum[i * LANE_ROWS + r] = one[r];
-          }
-          const float total = sum_transposed<16>(sum);
-          const int mine = t + value / LANE_ROWS;
-          if (lane % 4 == 0 && mine < tiles) partial[((groups + mine / O::SLICES) * TILE_ROWS + row) * O::PITCH + mine % O::SLICES] = total;
+          for (int r = 0; r < LANE_ROWS; ++r) sum[i * LANE_ROWS + r] = one[r];
+          tile += T::WHOLE ? T::FULL_BYTES : T::B::bytes(blocks);
+          if (++slice == stream.slices) slice = 0, row += TILE_ROWS;
         }
-        stage.release(READERS);
+        const float total = sum_transposed<16>(sum);  // of one of the lanes' rows of one tile, in every fourth lane
+        const int place = places[lane >> 3 & 1], tile_row = lane / 16 * LANE_ROWS + (lane >> 2 & 1);
+        if (lane % 4 == 0 && place >= 0) partial[place + tile_row * pitch] = total;
       }
-      n += stages, k -= stages;
-    });
-    groups += here;
-  }
+      stage.release(READERS);
+    }
+    n += stages, k -= stages;
+  });
 }
 
-// One product of all of the block's units: waits for x, and leaves the results to `out`.
-template <int OP, class Epilogue> DEVICE void consume(const Shared& s, const Layer& layer, const Units& units, const Rows& in, const Epilogue& out, Grid& grid, u32& n) {
-  using O = Of<OP>;
-  const int count = units.last - units.first, outputs = count * O::UNIT_ROWS;
+// What an epilogue loads before the products.
+struct Ready { Rotary<Q_ROWS>::Ready rotary; Residual<D_MODEL>::Ready residual; };
+
+// All products of a layer are these lines, with `op` known at run time, for the sake of the instruction cache.
+DEVICE void product(int op, const Shared& s, const Layer& layer, const Units& units, const TokenArgs& a, const Cache& cache, Grid& grid, u32& n) {
+  const Rotary<Q_ROWS> rotary = {(float*)a.attention.q, cache, a.turns};
+  const Residual<D_MODEL> residual = {a.x, layer.gains[op == DOWN]};
+  const Product<D_FF> activation = {a.hidden};
   float* const partial = (float*)(s.work + X_BYTES_OF<WIDEST, 1, false>);
   float* const inverse_rms = partial + PARTIALS;
-  auto bias_of = [&](const Output& o) {
-    const float* bias = layer.bias[O::FIRST + o.segment];
-    return !O::PAIRED && bias && o.live ? bias[o.n] : 0.f;
+  const int count = units.last - units.first;
+  int outputs = 0;
+  Output mine;
+  Ready ready;
+  float bias = 0.f;
+  auto prepare = [&](int i) {
+    with_operation(op, [&](auto o) {
+      using O = decltype(o);
+      outputs = count * O::UNIT_ROWS;
+      mine = O::output(units.first, count, 1, i);
+      const float* biases = layer.bias[O::FIRST + mine.segment];
+      bias = !O::PAIRED && biases && mine.live ? biases[mine.n] : 0.f;
+    });
+    if (op == QKV) ready.rotary = rotary.prepare(0, mine.segment, mine.n, mine.live);
+    else if (op != GATE_UP) ready.residual = residual.prepare(0, mine.segment, mine.n, mine.live);
   };
-  Output mine = O::output(units.first, count, 1, threadIdx.x);
-  auto ready = out.prepare(0, mine.segment, mine.n, mine.live);
-  float bias = bias_of(mine);
+  auto fetch = [&] { if (op == OUT || op == DOWN) residual.fetch(ready.residual, 0, mine.n, mine.live); };
+  prepare(threadIdx.x);
   grid.wait();
-  out.fetch(ready, 0, mine.n, mine.live);
-  load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(in, nullptr, EPS, 0, 1, s.work, inverse_rms);
+  fetch();
+  X x;
+  with_operation(op, [&](auto o) {
+    using O = decltype(o);
+    load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(op == QKV || op == GATE_UP ? a.x : op == OUT ? a.attention.out : a.hidden, nullptr, EPS, 0, 1, s.work, inverse_rms);
+    x = x_at<O::COLUMNS, 1, false>(s.work);
+  });
   sync_threads(1, CONSUMERS);
-  multiply<OP>(s, layer, units, x_at<O::COLUMNS, 1, false>(s.work), partial, n);
+  const int pitch = ((x.columns + TILE_COLUMNS - 1) / TILE_COLUMNS) | 1;
+  int k = threadIdx.x >> 5, matrices = 0, first = 0, rows = 0;
+  with_operation(op, [&](auto o) { matrices = decltype(o)::MATRICES, first = decltype(o)::FIRST; });
+#pragma unroll 1
+  for (int m = 0; m < matrices; ++m) {
+    Stretch here;
+    with_operation(op, [&](auto o) { here = decltype(o)::stretch(m, units); });
+    multiply(s, layer.types[first + m], here.groups, x, partial + rows * pitch, n, k);
+    rows += here.groups * TILE_ROWS;
+  }
   sync_threads(1, CONSUMERS);
 
   auto result = [&](int local) {  // sum over the slices, in order
-    const float* p = partial + local * O::PITCH;
+    const float* p = partial + local * pitch;
     float v = p[0];
-#pragma unroll
-    for (int i = 1; i < O::SLICES; ++i) v += p[i];
-    return O::NORM ? v * *inverse_rms : v;
+#pragma unroll 4
+    for (int i = 1; i < (x.columns + TILE_COLUMNS - 1) / TILE_COLUMNS; ++i) v += p[i];
+    return op == QKV || op == GATE_UP ? v * *inverse_rms : v;
   };
   for (int i = threadIdx.x; i < (outputs + 31) / 32 * 32; i += CONSUMERS) {
-    if (i >= CONSUMERS) {
-      mine = O::output(units.first, count, 1, i);
-      ready = out.prepare(0, mine.segment, mine.n, mine.live);
-      out.fetch(ready, 0, mine.n, mine.live);
-      bias = bias_of(mine);
-    }
+    if (i >= CONSUMERS) prepare(i), fetch();
     const int local = i < outputs ? i : 0;  // all of a pair's first matrix come before the second's
-    if constexpr (O::PAIRED) out.finish(ready, 0, mine.n, result(local), result(outputs + local), mine.live);
-    else out.finish(ready, 0, mine.segment, mine.n, result(local) + bias, mine.live);
+    const float v = result(local) + bias;
+    if (op == QKV) rotary.finish(ready.rotary, 0, mine.segment, mine.n, v, mine.live);
+    else if (op == GATE_UP) activation.finish({}, 0, mine.n, v, result(outputs + local), mine.live);
+    else residual.finish(ready.residual, 0, mine.segment, mine.n, v, mine.live);
   }
-  if (OP == QKV) fence_async();  // the ring's copies read what was written to the cache
+  if (op == QKV) fence_async();  // the ring's copies read what was written to the cache
   grid.arrive();
 }
 
@@ -343,18 +398,16 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
     Producer producer{s};
     u32 written = 0;
     for (int l = 0; l < LAYERS; ++l) {
-      const Layer& layer = s.layers[l];
-      const Units* of = s.units + l * PRODUCTS;
-      producer.product<QKV>(layer, of[QKV]);
-      if (l == 0) {  // weights were there before; a cache, and the counter, are as the kernel before leaves them
-        dependency_wait();
-        written = load_fresh(a.barrier + 1) + GRID;
+      use(s.layers[l]);
+      for (int op = 0; op < PRODUCTS; ++op) {
+        producer.product(op, s.layers[l], s.units[l * PRODUCTS + op]);
+        if (op > QKV) continue;
+        if (l == 0) {  // weights were there before; a cache, and the counter, are as the kernel before leaves them
+          dependency_wait();
+          written = load_fresh(a.barrier + 1) + GRID;
+        }
+        producer.attention(attention.cache, a.barrier, written + l * (BARRIERS * GRID));
       }
-      use(layer);
-      producer.attention(attention.cache, a.barrier, written + l * (BARRIERS * GRID));
-      producer.product<OUT>(layer, of[OUT]);
-      producer.product<GATE_UP>(layer, of[GATE_UP]);
-      producer.product<DOWN>(layer, of[DOWN]);
     }
     return;
   }
@@ -363,14 +416,12 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   if (threadIdx.x == 0) *s.target = load_fresh(a.barrier + 1);
   Grid grid = {a.barrier, s.target GIVE_STAMPS(a)};
   for (int l = 0; l < LAYERS; ++l) {
-    const Layer& layer = s.layers[l];
-    const Units* of = s.units + l * PRODUCTS;
-    use(layer);
-    consume<QKV>(s, layer, of[QKV], a.x, Rotary<Q_ROWS>{(float*)attention.q, attention.cache, a.turns}, grid, n);
-    attend(attention, s, grid, n);
-    consume<OUT>(s, layer, of[OUT], attention.out, Residual<D_MODEL>{a.x, layer.gains[0]}, grid, n);
-    consume<GATE_UP>(s, layer, of[GATE_UP], a.x, Product<D_FF>{a.hidden}, grid, n);
-    consume<DOWN>(s, layer, of[DOWN], a.hidden, Residual<D_MODEL>{a.x, layer.gains[1]}, grid, n);
+    use(s.layers[l]);
+#pragma unroll 1
+    for (int op = 0; op < PRODUCTS; ++op) {
+      product(op, s, s.layers[l], s.units[l * PRODUCTS + op], a, attention.cache, grid, n);
+      if (op == QKV) attend(attention, s, grid, n);
+    }
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {  // all have read the counter as it was: they have arrived since
     wait_at_least(a.barrier, *s.target);
