@@ -55,7 +55,8 @@ CACHE_GROUP = 32
 SPLIT = 256
 """Positions of a split, at least."""
 ATTEND_WARPS = 8
-ATTEND_PREFETCH = True
+ATTEND_PREFETCH = 1
+"""Steps of 32 positions of which a warp asks L2 for the cache while the kernel before still runs."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 // Grouped-query attention of each row over its slot's cache, split over the positions: a block has one row, the query
 // heads of one tile, and one split (attend.cuh).
 //
-// Macros: those of attend.cuh; PREFETCH.
+// Macros: those of attend.cuh; PREFETCH (steps of a warp).
 #include "attend.cuh"
 
 constexpr int SHARED_BYTES = ATTEND_BYTES;
@@ -18,9 +18,15 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   const Target target(a.cache, blockIdx.z, blockIdx.x);
   const int split = blockIdx.y, warp = threadIdx.x >> 5;
   u64 page = target.first_page(a.cache, split, warp);
-  if (PREFETCH && split < target.splits.count) {
-    const int base = first_base(target.splits, split, warp);
-    if (base <= target.position) prefetch(a.cache, page, target.kv_head, base);
+  if (split < target.splits.count) {
+    int base = first_base(target.splits, split, warp);
+    u64 of_step = page;
+#pragma unroll
+    for (int i = 0; i < PREFETCH; ++i, base += ATTEND_WARPS * STEP) {
+      if (base >= range_of(target.splits, split, target.position).high) break;
+      if (i) of_step = a.cache.page(target.slot, base);
+      prefetch(a.cache, of_step, target.kv_head, base);
+    }
   }
   BEGIN(args);
   u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;

@@ -16,6 +16,8 @@
 #include "kv_cache.cuh"
 
 constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = (GROUP_HEADS + TILE - 1) / TILE;
+// Scores are in units of log2 e: 2 to their power is wanted.
+constexpr float LOG2_E = 1.44269504f, SCORE_SCALE = SOFTCAP > 0.f ? SCALE : SCALE * LOG2_E;
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
@@ -63,7 +65,7 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
     for (int step = 16; step; step >>= 1) largest = fmaxf(largest, shuffle_xor(largest, step));
 #pragma unroll
     for (int i = 0; i < (MAX_SPLITS + 31) / 32; ++i) {
-      m[i].x = expf(m[i].x - largest);
+      m[i].x = exp2_near(m[i].x - largest);
       sum = fmaf(m[i].y, m[i].x, sum);
     }
     sum = warp_sum(sum);
@@ -73,17 +75,32 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
   }
 }
 
-// out[head, dim] = the splits' sums, weighted, in order; many loads in flight.
-DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out) {
-  for (int i = 4 * thread; i < heads * CACHE_DIM; i += 4 * ATTEND_WARPS * 32) {
-    const int head = i / CACHE_DIM;
-    const float* p = partial + (u64)head * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM;
+// out[head, dim] = the splits' sums, weighted, in order. ready(): waits for the weights; the first sums are on their way then.
+template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
+  constexpr int AT_ONCE = 8;
+  const int elements = heads * CACHE_DIM, first = 4 * thread;
+  float4 x[AT_ONCE];
+  auto place = [&](int i) { return partial + (u64)(i / CACHE_DIM) * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM; };
+  auto load = [&](int i, int from) {
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s)
+      if (i < elements && from + s < count) x[s] = load_fresh((const float4*)(place(i) + (from + s) * CACHE_DIM));
+  };
+  load(first, 0);
+  ready();
+#pragma unroll 1
+  for (int i = first; i < elements; i += 4 * ATTEND_WARPS * 32) {
+    if (i > first) load(i, 0);
     float4 v = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-    for (int s = 0; s < count; ++s) {
-      const float4 x = load_fresh((const float4*)(p + s * CACHE_DIM));
-      const float w = weights[head * MAX_SPLITS + s];
-      v.x = fmaf(x.x, w, v.x); v.y = fmaf(x.y, w, v.y); v.z = fmaf(x.z, w, v.z); v.w = fmaf(x.w, w, v.w);
+#pragma unroll 1
+    for (int from = 0; from < count; from += AT_ONCE) {
+      if (from) load(i, from);
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; ++s) {
+        if (from + s >= count) break;
+        const float w = weights[i / CACHE_DIM * MAX_SPLITS + from + s];
+        v.x = fmaf(x[s].x, w, v.x); v.y = fmaf(x[s].y, w, v.y); v.z = fmaf(x[s].z, w, v.z); v.w = fmaf(x[s].w, w, v.w);
+      }
     }
     *(float4*)(out + i) = v;
   }
@@ -124,7 +141,7 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float s = p[tile][e];
-        if constexpr (SOFTCAP > 0.f) s = SOFTCAP * tanhf(s / SOFTCAP);
+        if constexpr (SOFTCAP > 0.f) s = LOG2_E * SOFTCAP * tanhf(s / SOFTCAP);
         const int position = base + 8 * quad + 2 * tile + e;
         p[tile][e] = position >= low && position < high ? s : -INFINITY;
         step_largest = fmaxf(step_largest, p[tile][e]);
@@ -132,19 +149,22 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
     step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 1));
     step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 2));
     const float now = fmaxf(largest, step_largest), finite = now == -INFINITY ? 0.f : now;
-    const float keep = expf(largest - finite);
+    const float keep = exp2_near(largest - finite);
+    const bool rescale = any_lane(keep != 1.f && largest != -INFINITY);
     largest = now;
     sum *= keep;
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
-      p[tile][0] = expf(p[tile][0] - finite);
-      p[tile][1] = expf(p[tile][1] - finite);
+      p[tile][0] = exp2_near(p[tile][0] - finite);
+      p[tile][1] = exp2_near(p[tile][1] - finite);
       sum += p[tile][0] + p[tile][1];
     }
+    if (rescale) {
 #pragma unroll
-    for (int d = 0; d < CACHE_DIM / 8; ++d)
+      for (int d = 0; d < CACHE_DIM / 8; ++d)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
+        for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
+    }
     // Of the lane's eight positions, those that exist count.
     cached.values(accumulator, p, high - base - 8 * quad);
   }
@@ -182,8 +202,8 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
     if (line < heads && dim < HEAD_DIM)
       v = load_fresh((const float4*)(a.q + ((u64)row * HEADS + first_head + line) * HEAD_DIM + dim));
     uint4 fragment;
-    split_halves(v.x * SCALE, v.y * SCALE, fragment.x, fragment.y);
-    split_halves(v.z * SCALE, v.w * SCALE, fragment.z, fragment.w);
+    split_halves(v.x * SCORE_SCALE, v.y * SCORE_SCALE, fragment.x, fragment.y);
+    split_halves(v.z * SCORE_SCALE, v.w * SCORE_SCALE, fragment.z, fragment.w);
     q[i * 32 + lane] = fragment;
   }
   sync();
@@ -215,7 +235,7 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
 #pragma unroll
     for (int k = 0; k < ATTEND_WARPS; ++k) {
       const float2 m = max_sums[k * MOST_HEADS + head];
-      const float scale = expf(m.x - largest);
+      const float scale = exp2_near(m.x - largest);
       sum = fmaf(m.y, scale, sum);
       v = fmaf(sums[(k * MOST_HEADS + head) * CACHE_DIM + dim], scale, v);
     }
@@ -227,17 +247,14 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
     }
   }
   if (count == 1) return;
-  fence_device();
   sync();
-  if (thread == 0) *is_last = atomic_add(arrived, 1) == (u32)count - 1;
+  if (thread == 0) *is_last = atomic_add_ordered(arrived, 1) == (u32)count - 1;
   sync();
   if (*is_last) {
-    fence_device();
     if (thread == 0) *arrived = 0;
     const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
     join_weights(thread, a.partial_max_sum + at, heads, count, weights);
-    sync();
-    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums);
+    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums, sync);
     sync();
     for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
   }

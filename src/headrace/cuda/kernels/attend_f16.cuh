@@ -37,10 +37,12 @@ template <class Value> DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8
     split_halves(p[2 * i][0], p[2 * i][1], weights[i].x, weights[i].y);
     split_halves(p[2 * i + 1][0], p[2 * i + 1][1], weights[i].z, weights[i].w);
   }
+  uint4 exist = make_uint4(~0u, ~0u, ~0u, ~0u);
+  clear_beyond(exist, count);
 #pragma unroll
   for (int d = 0; d < CACHE_DIM / 8; ++d) {
     uint4 v = value(d);
-    if (count < 8) clear_beyond(v, count);
+    v.x &= exist.x, v.y &= exist.y, v.z &= exist.z, v.w &= exist.w;
     mma_f16(accumulator[d], weights[0], v.x, v.y);
     mma_f16(accumulator[d], weights[1], v.z, v.w);
   }

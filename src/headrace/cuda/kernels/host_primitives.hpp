@@ -56,6 +56,7 @@ DEVICE float half_to_float(u16 h) { _Float16 f; memcpy(&f, &h, 2); return (float
 DEVICE u16 float_to_half(float f) { _Float16 h = (_Float16)f; u16 u; memcpy(&u, &h, 2); return u; }
 DEVICE float bits_to_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
 DEVICE u32 float_to_bits(float f) { u32 u; memcpy(&u, &f, 4); return u; }
+DEVICE float exp2_near(float x) { return exp2f(x); }
 DEVICE float rsqrtf(float x) { return 1.f / sqrtf(x); }
 DEVICE int __float2int_rn(float x) { return (int)nearbyintf(x); }
 DEVICE void sincos_turns(float turns, float* s, float* c) {
@@ -88,6 +89,7 @@ DEVICE void prefetch_l2(const void* p, u32 bytes) {  // AddressSanitizer sees it
 DEVICE void fence_device() {}
 DEVICE void fence_system() {}
 DEVICE u32 atomic_add(u32* p, u32 v) { const u32 old = *p; *p += v; return old; }
+DEVICE u32 atomic_add_ordered(u32* p, u32 v) { return atomic_add(p, v); }
 DEVICE void add_release(u32* p, u32 v) { *p += v; }
 DEVICE void wait_at_least(const u32* p, u32 count) {
   while ((int)(*p - count) < 0) host::wait_change(p, *p);

@@ -40,6 +40,7 @@ DEVICE int dp4a(u32 a, int b, int c) {  // bytes of a are unsigned
 
 DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+DEVICE float exp2_near(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // within 2 ulp
 // Of pairs of f16.
 DEVICE u32 subtract_halves(u32 a, u32 b) { u32 d; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
@@ -79,6 +80,13 @@ DEVICE void prefetch_l2(const void* p, u32 bytes) {
 DEVICE void fence_device() { __threadfence(); }
 DEVICE void fence_system() { __threadfence_system(); }
 DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+// For a thread whose block met at a barrier before and meets at one after: what the block wrote before is seen by whoever
+// adds later, and the block sees what was written by those who added earlier.
+DEVICE u32 atomic_add_ordered(u32* p, u32 v) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+  return before;
+}
 // Adds to a counter that others wait for; they then see what this thread's block wrote before it met at a barrier.
 DEVICE void add_release(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEVICE void wait_at_least(const u32* p, u32 count) {  // the counter may wrap around
