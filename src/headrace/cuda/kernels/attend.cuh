@@ -3,8 +3,8 @@
 //
 // Up to eight query heads of one kv head, and one split of the positions, at a time; a warp takes 32 positions, on
 // tensor cores, straight from memory: keys lie in the cache as fragments of K^T, values (transposed) as fragments of V.
-// The sixteen rows of the mma are the eight heads twice: q rounded to f16, and what the rounding left; likewise the
-// probabilities. So nothing but the cache itself is rounded. Who finishes last joins the splits, in order.
+// q goes in twice, rounded to f16, and what the rounding left; likewise the probabilities. So nothing but the cache itself is
+// rounded. Who finishes last joins the splits, in order.
 //
 // How positions are split depends on the row's position alone: a row's result is bit-equal whatever the
 // grid and whoever else is in the step.
@@ -20,6 +20,7 @@ constexpr int STEP = 32, TILE = 8, GROUP_HEADS = HEADS / KV_HEADS, HEAD_TILES = 
 constexpr float LOG2_E = 1.44269504f, SCORE_SCALE = SOFTCAP > 0.f ? SCALE : SCALE * LOG2_E;
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
+constexpr bool PACKED = MOST_HEADS <= 4;
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
 
 struct Attention {
@@ -121,19 +122,34 @@ DEVICE void prefetch(const Cache& cache, u64 page, int head, int base) {
   if (CACHE_Q8) prefetch_l2(cache.key_scales(page, head), SCALE_BYTES);
 }
 
+// Adds Σ p v of 16 positions (half of each lane's) to 16 dims: v of dim lane / 4, and of eight further on.
+DEVICE void add_products(float (&sums)[4], uint2 v, uint2 v8, uint2 high, uint2 low) {
+  const uint4 a = make_uint4(v.x, v8.x, v.y, v8.y);
+  if (PACKED) {
+    const bool upper = lane_now() < 16;
+    mma_f16(sums, a, upper ? high.x : low.x, upper ? high.y : low.y);
+  } else {
+    mma_f16(sums, a, high.x, high.y);
+    mma_f16(sums, a, low.x, low.y);
+  }
+}
+
 #if CACHE_Q8
 #include "attend_q8.cuh"
 #else
 #include "attend_f16.cuh"
 #endif
 
-struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts), rows 8–15 lower parts
-  float accumulator[CACHE_DIM / 8][4] = {};
+// One warp's share. Of the scores' mma the rows are heads: q's upper parts, and eight further on its lower ones; so a
+// lane has the scores of head `lane / 4`. Of the values' mma the rows are dims, and the columns heads: where there are no more
+// than four, the probabilities' upper parts are columns 0–3 and the lower ones 4–7, else they take turns.
+struct Warp {
+  float accumulator[CACHE_DIM / 16][4] = {};  // dims 16 i + lane / 4 (+ 8), of columns 2 quad and 2 quad + 1
   float largest = -INFINITY, sum = 0.f;
 
   // Positions base … base + 31, which `cached` has, and of which [low, high) count.
   template <class Cached> DEVICE void step(const uint4* q, const Cached& cached, int base, int low, int high) {
-    const int quad = threadIdx.x & 3;
+    const int quad = lane_now() & 3;
     float p[4][2] = {}, step_largest = -INFINITY;  // of position base + 8 quad + 2 tile + e: score, then probability
     cached.scores(p, q);
 #pragma unroll
@@ -150,7 +166,6 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
     step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 2));
     const float now = fmaxf(largest, step_largest), finite = now == -INFINITY ? 0.f : now;
     const float keep = exp2_near(largest - finite);
-    const bool rescale = any_lane(keep != 1.f && largest != -INFINITY);
     largest = now;
     sum *= keep;
 #pragma unroll
@@ -159,14 +174,26 @@ struct Warp {  // one warp's share: rows 0–7 of the mma are heads (upper parts
       p[tile][1] = exp2_near(p[tile][1] - finite);
       sum += p[tile][0] + p[tile][1];
     }
-    if (rescale) {
+    const int head = PACKED ? 2 * (quad & 1) : 2 * quad;
+    const float kept[2] = {shuffle(keep, 4 * head), shuffle(keep, 4 * head + 4)};
 #pragma unroll
-      for (int d = 0; d < CACHE_DIM / 8; ++d)
+    for (int d = 0; d < CACHE_DIM / 16; ++d)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) accumulator[d][i] *= keep;
-    }
+      for (int i = 0; i < 4; ++i) accumulator[d][i] *= kept[i & 1];
     // Of the lane's eight positions, those that exist count.
     cached.values(accumulator, p, high - base - 8 * quad);
+  }
+
+  // sums [MOST_HEADS, CACHE_DIM]
+  DEVICE void store(float* sums) const {
+    const int line = lane_now() >> 2, quad = lane_now() & 3;
+#pragma unroll
+    for (int d = 0; d < CACHE_DIM / 16; ++d)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float v = PACKED ? accumulator[d][i] + shuffle_xor(accumulator[d][i], 2) : accumulator[d][i];
+        if (2 * quad + (i & 1) < MOST_HEADS) sums[(2 * quad + (i & 1)) * CACHE_DIM + 16 * d + 8 * (i >> 1) + line] = v;
+      }
   }
 };
 
@@ -199,8 +226,9 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
   for (int i = warp; i < FRAGMENTS; i += ATTEND_WARPS) {
     float4 v = {0.f, 0.f, 0.f, 0.f};
     const int dim = 32 * (i >> 1) + 8 * quad + 4 * (i & 1);
-    if (line < heads && dim < HEAD_DIM)
-      v = load_fresh((const float4*)(a.q + ((u64)row * HEADS + first_head + line) * HEAD_DIM + dim));
+    const int head = PACKED ? line % 4 : line;
+    if (head < heads && dim < HEAD_DIM)
+      v = load_fresh((const float4*)(a.q + ((u64)row * HEADS + first_head + head) * HEAD_DIM + dim));
     uint4 fragment;
     split_halves(v.x * SCORE_SCALE, v.y * SCORE_SCALE, fragment.x, fragment.y);
     split_halves(v.z * SCORE_SCALE, v.w * SCORE_SCALE, fragment.z, fragment.w);
@@ -220,12 +248,7 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
   w.sum += shuffle_xor(w.sum, 1);
   w.sum += shuffle_xor(w.sum, 2);
   if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
-#pragma unroll
-  for (int d = 0; d < CACHE_DIM / 8; ++d) {
-    const float* c = w.accumulator[d];
-    if (line < MOST_HEADS)
-      *(float2*)(sums + (warp * MOST_HEADS + line) * CACHE_DIM + 8 * d + 2 * quad) = make_float2(c[0] + c[2], c[1] + c[3]);
-  }
+  w.store(sums + warp * MOST_HEADS * CACHE_DIM);
   sync();
   for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) {
     const int head = i / CACHE_DIM, dim = i % CACHE_DIM;

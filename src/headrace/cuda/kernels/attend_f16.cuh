@@ -30,21 +30,24 @@ template <class Key> DEVICE void add_scores(float (&score)[4][2], const uint4* q
 
 // Σ p v to the accumulator; p as the scores were, of which the first `count` of a lane's eight exist. value(d): the lane's
 // eight positions of dim 8d + lane / 4.
-template <class Value> DEVICE void add_values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], Value&& value, int count) {
-  uint4 weights[2];
+template <class Value> DEVICE void add_values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], Value&& value, int count) {
+  uint2 high[2], low[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    split_halves(p[2 * i][0], p[2 * i][1], weights[i].x, weights[i].y);
-    split_halves(p[2 * i + 1][0], p[2 * i + 1][1], weights[i].z, weights[i].w);
+    split_halves(p[2 * i][0], p[2 * i][1], high[i].x, low[i].x);
+    split_halves(p[2 * i + 1][0], p[2 * i + 1][1], high[i].y, low[i].y);
   }
   uint4 exist = make_uint4(~0u, ~0u, ~0u, ~0u);
   clear_beyond(exist, count);
+  auto existing = [&](int d) {
+    const uint4 v = value(d);
+    return make_uint4(v.x & exist.x, v.y & exist.y, v.z & exist.z, v.w & exist.w);
+  };
 #pragma unroll
-  for (int d = 0; d < CACHE_DIM / 8; ++d) {
-    uint4 v = value(d);
-    v.x &= exist.x, v.y &= exist.y, v.z &= exist.z, v.w &= exist.w;
-    mma_f16(accumulator[d], weights[0], v.x, v.y);
-    mma_f16(accumulator[d], weights[1], v.z, v.w);
+  for (int d = 0; d < CACHE_DIM / 16; ++d) {
+    const uint4 v = existing(2 * d), v8 = existing(2 * d + 1);
+    add_products(accumulator[d], make_uint2(v.x, v.y), make_uint2(v8.x, v8.y), high[0], low[0]);
+    add_products(accumulator[d], make_uint2(v.z, v.w), make_uint2(v8.z, v8.w), high[1], low[1]);
   }
 }
 
@@ -59,7 +62,7 @@ struct InMemory {
       return load_fresh((const uint4*)cache.key(page, head, base + key_position(tile)) + 4 * j + quad);
     });
   }
-  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], int count) const {
     const u16* at = cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3);
     add_values(accumulator, p, [&](int d) { return load_fresh((const uint4*)(at + 8 * d * PAGE_SIZE)); }, count);
   }

@@ -37,7 +37,7 @@ struct InMemory {
     }
   }
 
-  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], int count) const {
     const u8* at = cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3);
     const uint4* all_scales = scales_from(cache.value_scales(page, head), base);
 #pragma unroll
@@ -46,18 +46,17 @@ struct InMemory {
       if (count < 8) clear_beyond(scales, count);
       // Times 64, and the quants divided by it: p times a small scale would be no normal f16.
       auto weight = [&](int i) { return p[i >> 1][i & 1] * 64.f * scale_at(scales, i); };
-      uint4 weights[2];
+      uint2 high[2], low[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        split_halves(weight(4 * i), weight(4 * i + 1), weights[i].x, weights[i].y);
-        split_halves(weight(4 * i + 2), weight(4 * i + 3), weights[i].z, weights[i].w);
+        split_halves(weight(4 * i), weight(4 * i + 1), high[i].x, low[i].x);
+        split_halves(weight(4 * i + 2), weight(4 * i + 3), high[i].y, low[i].y);
       }
 #pragma unroll
-      for (int d = 4 * group; d < 4 * group + 4; ++d) {
-        const uint2 v = load_fresh((const uint2*)(at + 8 * d * PAGE_SIZE));
-        const uint2 a = quants_to_halves<true>(v.x), b = quants_to_halves<true>(v.y);
-        mma_f16(accumulator[d], weights[0], a.x, a.y);
-        mma_f16(accumulator[d], weights[1], b.x, b.y);
+      for (int d = 2 * group; d < 2 * group + 2; ++d) {
+        const uint2 v = load_fresh((const uint2*)(at + 16 * d * PAGE_SIZE)), v8 = load_fresh((const uint2*)(at + (16 * d + 8) * PAGE_SIZE));
+        add_products(accumulator[d], quants_to_halves<true>(v.x), quants_to_halves<true>(v8.x), high[0], low[0]);
+        add_products(accumulator[d], quants_to_halves<true>(v.y), quants_to_halves<true>(v8.y), high[1], low[1]);
       }
     }
   }

@@ -338,7 +338,7 @@ struct InRing {
     add_scores(score, q, [&](int tile, int j) { return first[key_position(tile) * (CACHE_DIM / 8) + 4 * j]; });
     keys.release(READERS);
   }
-  DEVICE void values(float (&accumulator)[CACHE_DIM / 8][4], const float (&p)[4][2], int count) const {
+  DEVICE void values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], int count) const {
     constexpr int TILES = CACHE_DIM / 16;  // of 8 dims, in a stage
     const int lane = lane_now(), place = (lane >> 2) * (PAGE_SIZE / 8) + half * (STEP / 8) + (lane & 3);
     const uint4* first = nullptr;
