@@ -27,7 +27,7 @@ def run(
     n, heads, width = len(rows), shape.n_heads, shape.n_heads * shape.head_dim
     q = rng.standard_normal((n, heads, shape.head_dim)).astype(np.float32)
     out = activations(device, n, width)
-    most = max_splits(device, heads, shape.n_kv_heads)
+    most = max_splits(device, shape)
     work = [
         poisoned(device, (n, heads, most, shape.cache_dim)).address,
         poisoned(device, (n, heads, most, 2)).address,

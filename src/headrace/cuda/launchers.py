@@ -52,11 +52,12 @@ ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 PAGE_SIZE = 64
 CACHE_GROUP = 32
 """Dims of a position that share a scale in a quantised cache."""
-SPLIT = 256
+SPLIT = 128
 """Positions of a split, at least."""
-ATTEND_WARPS = 8
-ATTEND_PREFETCH = 1
-"""Steps of 32 positions of which a warp asks L2 for the cache while the kernel before still runs."""
+ATTEND_WARPS = 4
+ATTEND_BLOCKS = 1
+_RING_BYTES = 80 << 10
+"""Of attention's ring, about: a product's block has room beside it, on the same multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class CacheShape:
         scales = self.cache_dim // CACHE_GROUP * 2
         of_a_position = self.cache_dim + scales if self.quantised else self.cache_dim * 2
         return self.n_kv_heads * PAGE_SIZE * of_a_position
+
+    @property
+    def half_page(self) -> int:
+        """Bytes of half of one head's keys, or values, of one page."""
+        return self.page_bytes() // self.n_kv_heads // 2
 
     @property
     def cache_dim(self) -> int:
@@ -130,9 +136,17 @@ def head_tiles(n_heads: int, n_kv_heads: int) -> int:
     return n_kv_heads * -(-(n_heads // n_kv_heads) // 8)
 
 
-def max_splits(device: Device, n_heads: int, n_kv_heads: int) -> int:
-    """Splits of one row's positions, at most: a block for every multiprocessor."""
-    return min(64, max(1, device.sm_count // head_tiles(n_heads, n_kv_heads)))
+def attend_stages(device: Device, shape: CacheShape) -> int:
+    """Stages of the ring through which attention reads the cache; 0: it does not."""
+    if device.arch < 90 or shape.quantised:
+        return 0
+    return max(2 * ATTEND_WARPS - 2, min(16, _RING_BYTES // shape.half_page))
+
+
+def max_splits(device: Device, shape: CacheShape) -> int:
+    """Splits of one row's positions, at most: a block for every multiprocessor, or two small ones."""
+    blocks = device.sm_count * (1 if attend_stages(device, shape) else 2)
+    return min(64, max(1, blocks // head_tiles(shape.n_heads, shape.n_kv_heads)))
 
 
 def attend(
@@ -140,19 +154,19 @@ def attend(
     scale: float, window: int | None, softcap: float | None,
 ) -> Launch:  # fmt: skip
     """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
-    most = max_splits(device, shape.n_heads, shape.n_kv_heads)
+    most, ring = max_splits(device, shape), attend_stages(device, shape)
     constants = attend_constants(device, shape, scale=scale, window=window, softcap=softcap) | {
-        "PREFETCH": ATTEND_PREFETCH,
+        "RING": ring,
+        "BLOCKS": ATTEND_BLOCKS,
         **brain(arguments.out),
     }
     visible = min(longest, (window or longest) + SPLIT)
     splits = min(most, -(-visible // SPLIT))
     blocks = head_tiles(shape.n_heads, shape.n_kv_heads)
     grid = (blocks, splits, n_rows)
-    shared = attend_bytes(shape, most)
-    return Launch(
-        Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
-    )
+    shared = attend_bytes(shape, most) + ring * (shape.half_page + 16)
+    threads = ATTEND_WARPS * 32 + (32 if ring else 0)
+    return Launch(Specialisation.of("attend", constants), grid, threads, shared, arguments)
 
 
 def attend_constants(
@@ -165,7 +179,7 @@ def attend_constants(
         "WINDOW": window or 0,
         "SOFTCAP": float(softcap or 0.0),
         "SPLIT": SPLIT,
-        "MAX_SPLITS": max_splits(device, shape.n_heads, shape.n_kv_heads),
+        "MAX_SPLITS": max_splits(device, shape),
         "ATTEND_WARPS": ATTEND_WARPS,
     }
 

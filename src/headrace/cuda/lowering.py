@@ -97,7 +97,7 @@ class Lowering:
         shapes = self.cache_shapes.values()
         blocks = max(launchers.head_tiles(s.n_heads, s.n_kv_heads) for s in shapes)
         n_heads, dim = max(s.n_heads for s in shapes), max(s.cache_dim for s in shapes)
-        splits = max(launchers.max_splits(self.device, s.n_heads, s.n_kv_heads) for s in shapes)
+        splits = max(launchers.max_splits(self.device, s) for s in shapes)
         self.arena.reserve("attention splits", (rows, n_heads, splits, dim), np.float32)
         self.arena.reserve("attention maxima", (rows, n_heads, splits, 2), np.float32)
         self.arena.reserve("attention arrivals", (rows, blocks), np.uint32)

@@ -91,7 +91,7 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     attention = launchers.attend_constants(
         device, shape, scale=at.scale, window=at.window, softcap=at.softcap
     )
-    splits = launchers.max_splits(device, at.n_heads, at.n_kv_heads)
+    splits = launchers.max_splits(device, shape)
     attend_bytes = -(-launchers.attend_bytes(shape, splits) // 16) * 16
     widest = max(qkv.q.k, out.out.k, down.down.k)
     partials = max(
@@ -104,9 +104,8 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     product_bytes = padded(widest) // GROUP * 24 + 4 * partials + 16
     table = len(layers) * (sizeof(c.TokenLayer) + 4 * 8) + 16
     rest = table + max(product_bytes, attend_bytes)
-    half_page = shape.page_bytes() // shape.n_kv_heads // 2
     of_tiles = max(_stage_bytes(layout.max_tile_bytes) for layout in flat)
-    stage_bytes = max(of_tiles, half_page)
+    stage_bytes = max(of_tiles, shape.half_page)
     stages = min(24, (device.shared_limit - rest) // (stage_bytes + 16))
     if stages < max(WARPS, 2 * launchers.ATTEND_WARPS - 2):  # kernels/token.cu says why
         return None

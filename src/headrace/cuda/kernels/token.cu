@@ -11,7 +11,7 @@
 //
 // Macros: LAYERS, D_MODEL, D_FF, TYPES (a bit for each type of the weights), EPS, ACTIVATION; attend.cuh's and
 // kv_cache.cuh's (of f16); WARPS, STAGE_BYTES and STAGES of the ring, AHEAD, PARTIALS (floats), GRID.
-#include "attend.cuh"
+#include "attend_ring.cuh"
 #include "cut.cuh"
 #include "dots.cuh"
 #include "epilogues.cuh"
@@ -72,42 +72,21 @@ struct TokenArgs {
 
 #if ARCH >= 90
 constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32;
-constexpr int HALF_PAGE = HEAD_BYTES / 2, READERS = 2;  // of a stage: two warps, or one that counts twice
-// A warp may wait for a stage when that of the round before has arrived, or it would take the one before that for it.
-static_assert(WARPS <= STAGES && 2 * ATTEND_WARPS - 2 <= STAGES && AHEAD < STAGES);
-static_assert(HALF_PAGE <= STAGE_BYTES);
-constexpr int RING_BYTES = STAGES * STAGE_BYTES, TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
+using TokenRing = Stages<STAGES, STAGE_BYTES>;
+static_assert(WARPS <= STAGES);  // as Stages says
+constexpr int TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
 constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, (ATTEND_BYTES + 15) / 16 * 16);
-constexpr int SHARED_BYTES = RING_BYTES + 2 * STAGES * 8 + TABLE_BYTES + 16 + WORK_BYTES;
-
-struct Stage {
-  u8* memory;
-  u64 *full, *empty;  // its copy has arrived; its readers are done
-  u32 parity;
-  DEVICE const u8* wait() const {
-    barrier_wait(full, parity);
-    return memory;
-  }
-  DEVICE void release(int readers) const {  // the whole warp calls, which counts for so many
-    sync_warp();
-    if (lane_now() < readers) barrier_arrive(empty);
-  }
-};
+constexpr int SHARED_BYTES = TokenRing::ALL_BYTES + TABLE_BYTES + 16 + WORK_BYTES;
 
 struct Shared {
-  u8* ring;
-  u64 *full, *empty;  // [STAGES]
+  TokenRing stages;
   Layer* layers;
   Units* units;       // [LAYERS, PRODUCTS]
   u32* target;        // what the grid's barrier counts to
   u8* work;           // of one operation: x, sums and 1/rms, or attention's
   DEVICE explicit Shared(u8* p)
-      : ring(p), full((u64*)(p + RING_BYTES)), empty(full + STAGES), layers((Layer*)(empty + STAGES)),
-        units((Units*)(layers + LAYERS)), target((u32*)(units + LAYERS * PRODUCTS)), work((u8*)(target + 4)) {}
-  DEVICE Stage stage(u32 n) const {
-    const u32 i = n % STAGES;
-    return {ring + i * STAGE_BYTES, full + i, empty + i, n / STAGES & 1};
-  }
+      : stages(p), layers((Layer*)(p + TokenRing::ALL_BYTES)), units((Units*)(layers + LAYERS)), target((u32*)(units + LAYERS * PRODUCTS)),
+        work((u8*)(target + 4)) {}
 };
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
@@ -163,17 +142,7 @@ struct Grid {
 };
 
 // The one thread that fills the ring.
-struct Producer {
-  const Shared& s;
-  u32 n = 0;
-  DEVICE void put(const void* source, u32 bytes) {
-    const Stage stage = s.stage(n), before = s.stage(n - AHEAD);
-    barrier_wait(stage.empty, stage.parity ^ 1);
-    if (n >= AHEAD) barrier_wait(before.full, before.parity);
-    barrier_arrive_expect(stage.full, bytes);
-    copy_bulk(stage.memory, source, bytes, stage.full);
-    ++n;
-  }
+struct Producer : Filler<TokenRing, AHEAD> {
   DEVICE void product(int op, const Layer& layer, const Units& units) {
     with_operation(op, [&](auto o) {
       using O = decltype(o);
@@ -196,26 +165,12 @@ struct Producer {
       }
     });
   }
-  // Of each page of the block's splits: the keys of 32 positions, twice where there are more, and the values of half of
-  // the dims, twice. written: what the barrier has counted when this token's keys and values are.
+  // written: what the barrier has counted when this token's keys and values are.
   DEVICE void attention(const Cache& cache, const u32* arrivals, u32 written) {
     for (int item = blockIdx.x;; item += GRID) {
       const Target target(cache, 0, item % HEADS_APART);
       if (item >= HEADS_APART * target.splits.count) return;
-      const Range range = range_of(target.splits, item / HEADS_APART, target.position);
-      int position = range.low / PAGE_SIZE * PAGE_SIZE;
-      for (u64 page = cache.page(target.slot, position), next = page; position < range.high; position += PAGE_SIZE, page = next) {
-        if (position + PAGE_SIZE < range.high) next = cache.page(target.slot, position + PAGE_SIZE);
-        if (position + PAGE_SIZE > target.position) {
-          wait_at_least(arrivals, written);
-          fence_async();
-        }
-        const Cached *keys = cache.key(page, target.kv_head, 0), *values = cache.value(page, target.kv_head, 0);
-        put(keys, HALF_PAGE);
-        if (range.high - position > STEP) put((const u8*)keys + HALF_PAGE, HALF_PAGE);
-        put(values, HALF_PAGE);
-        put((const u8*)values + HALF_PAGE, HALF_PAGE);
-      }
+      put_pages(cache, target, item / HEADS_APART, [&] { wait_at_least(arrivals, written); });
     }
   }
 };
@@ -229,7 +184,7 @@ DEVICE void multiply(const Shared& s, int type, int groups, const X& x, float* p
     const T stream(x.columns);
     const int tiles = groups * stream.slices, pitch = stream.slices | 1, stages = (tiles + T::STAGE_TILES - 1) / T::STAGE_TILES;
     for (; k < stages; k += WARPS) {
-      const Stage stage = s.stage(n + k);
+      const Stage stage = s.stages(n + k);
       const u8* tile = stage.wait();
       const int first = k * T::STAGE_TILES;
       int slice = first % stream.slices, row = first / stream.slices * TILE_ROWS;
@@ -326,30 +281,6 @@ DEVICE void product(int op, const Shared& s, const Layer& layer, const Units& un
   grid.arrive();
 }
 
-// 32 positions of a page in the ring: a stage of their keys, and two of values.
-struct InRing {
-  const Shared& s;
-  u32 keys_at, values_at;  // their stages' numbers
-  int half;                // of the page
-  bool both;               // halves are wanted
-  DEVICE void scores(float (&score)[4][2], const uint4* q) const {
-    const Stage keys = s.stage(keys_at);
-    const uint4* const first = (const uint4*)keys.wait() + (lane_now() & 3);
-    add_scores(score, q, [&](int tile, int j) { return first[key_position(tile) * (CACHE_DIM / 8) + 4 * j]; });
-    keys.release(READERS);
-  }
-  DEVICE void values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], int count) const {
-    constexpr int TILES = CACHE_DIM / 16;  // of 8 dims, in a stage
-    const int lane = lane_now(), place = (lane >> 2) * (PAGE_SIZE / 8) + half * (STEP / 8) + (lane & 3);
-    const uint4* first = nullptr;
-    add_values(accumulator, p, [&](int d) {
-      if (d % TILES == 0) first = (const uint4*)s.stage(values_at + d / TILES).wait() + place;
-      return first[d % TILES * PAGE_SIZE];
-    }, count);
-    for (u32 i = 0; i < 2; ++i) s.stage(values_at + i).release(both ? READERS / 2 : READERS);
-  }
-};
-
 // Splits of heads, in turns, by the first ATTEND_WARPS warps.
 DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
   const int warp = threadIdx.x >> 5, thread = warp * 32 + lane_now();
@@ -359,19 +290,10 @@ DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
   for (; item < HEADS_APART * target.splits.count; item += GRID) {
     if (item >= GRID) target = Target(a.cache, 0, item % HEADS_APART);
     const int split = item / HEADS_APART;
-    const Range range = range_of(target.splits, split, target.position);
-    const int first = range.low / PAGE_SIZE, end = range.high;
-    auto read = [&](Warp& w, const uint4* q) {
-      for (int base = first_base(target.splits, split, warp); base < end; base += ATTEND_WARPS * STEP) {
-        const int half = base / STEP % 2;
-        const bool both = end - base + half * STEP > STEP;
-        const u32 of_page = n + 4 * (base / PAGE_SIZE - first);
-        w.step(q, InRing{s, of_page + half, of_page + (both ? 2 : 1), half, both}, base, range.low, end);
-      }
-    };
+    auto read = [&](Warp& w, const uint4* q) { read_ring(w, q, s.stages, n, target, split, warp); };
     if (warp < ATTEND_WARPS)
       attend_split(a, target, split, s.work, a.arrived + item % HEADS_APART, thread, read, [] { sync_threads(2, ATTEND_WARPS * 32); });
-    n += 4 * ((end - 1) / PAGE_SIZE - first + 1) - ((end - 1) % PAGE_SIZE < STEP);
+    n += stages_of(range_of(target.splits, split, target.position));
   }
   grid.arrive();
 }
@@ -385,17 +307,14 @@ KERNEL(WARPS * 32 + 32, 1) token(ARGS(TokenArgs, a)) {
   const u32* const units = (const u32*)(a.units + blockIdx.x * (LAYERS * PRODUCTS));
   for (u32 i = threadIdx.x; i < LAYERS * sizeof(Layer) / 4; i += blockDim.x) ((u32*)s.layers)[i] = table[i];
   for (u32 i = threadIdx.x; i < LAYERS * PRODUCTS * 2; i += blockDim.x) ((u32*)s.units)[i] = units[i];
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) barrier_init(s.full + i, 1), barrier_init(s.empty + i, READERS);
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) s.stages.init();
   sync_block();
   dependents_launch();
   Attention attention = a.attention;
   auto use = [&](const Layer& layer) { attention.cache.keys = layer.keys, attention.cache.values = layer.values; };
   if (threadIdx.x >= CONSUMERS) {
     if (threadIdx.x > CONSUMERS) return;
-    Producer producer{s};
+    Producer producer{{s.stages}};
     u32 written = 0;
     for (int l = 0; l < LAYERS; ++l) {
       use(s.layers[l]);
