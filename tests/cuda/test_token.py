@@ -10,7 +10,7 @@ import pytest
 
 from headrace.cuda.host import HostDevice
 from headrace.cuda.runner import CUDARunner
-from headrace.cuda.token import WARPS, token_shape
+from headrace.cuda.token import AHEAD, WARPS, token_shape
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.synth import write_synthetic
@@ -70,7 +70,7 @@ def test_the_smallest_ring(decoder_of, length: int) -> None:
     device.shared_limit += 512
     shape = token_shape(decoder, device)
     assert shape is not None
-    assert shape.constants["STAGES"] == WARPS
+    assert shape.constants["STAGES"] == WARPS + AHEAD
     got = tokens_after(device, decoder, length, one_kernel=True)
     np.testing.assert_array_equal(got, wanted)
 

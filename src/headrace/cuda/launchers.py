@@ -55,6 +55,8 @@ CACHE_GROUP = 32
 SPLIT = 128
 """Positions of a split, at least."""
 ATTEND_WARPS = 4
+RING_SPAN = 2 * ATTEND_WARPS - 2
+"""Stages from one that a warp waits for to its next, at most (kernels/attend_ring.cuh)."""
 ATTEND_BLOCKS = 1
 _RING_BYTES = 80 << 10
 """Of attention's ring, about: a product's block has room beside it, on the same multiprocessor."""
@@ -140,7 +142,7 @@ def attend_stages(device: Device, shape: CacheShape) -> int:
     """Stages of the ring through which attention reads the cache; 0: it does not."""
     if device.arch < 90 or shape.quantised:
         return 0
-    return max(2 * ATTEND_WARPS - 2, min(16, _RING_BYTES // shape.half_page))
+    return max(RING_SPAN + 2, min(16, _RING_BYTES // shape.half_page))
 
 
 def max_splits(device: Device, shape: CacheShape) -> int:

@@ -36,7 +36,7 @@ KERNEL(READING + PRODUCERS, BLOCKS) attend(ARGS(AttendArgs, args)) {
   const Target target(a.cache, blockIdx.z, blockIdx.x);
   if (threadIdx.x >= READING) {
     if (threadIdx.x > READING) return;
-    Filler<AttendRing, RING> filler{stages};
+    Filler<AttendRing, RING - (2 * ATTEND_WARPS - 2)> filler{stages};
     for (int one = split; one < target.splits.count; one += gridDim.y) filler.put_pages(a.cache, target, one, dependency_wait);
     return;
   }

@@ -19,10 +19,9 @@ struct Stage {
 
 constexpr int HALF_PAGE = HEAD_BYTES / 2, READERS = 2;  // of a stage: two warps, or one that counts twice
 
-// A warp may wait for a stage only when that of the round before has arrived, or it would take the one before that for it.
-template <int COUNT, int BYTES> struct Stages {
-  static_assert(2 * ATTEND_WARPS - 2 <= COUNT && HALF_PAGE <= BYTES && BYTES % 16 == 0);
-  static constexpr int MEMORY_BYTES = COUNT * BYTES, ALL_BYTES = MEMORY_BYTES + 2 * COUNT * 8;
+template <int N, int BYTES> struct Stages {
+  static_assert(HALF_PAGE <= BYTES && BYTES % 16 == 0);
+  static constexpr int COUNT = N, MEMORY_BYTES = COUNT * BYTES, ALL_BYTES = MEMORY_BYTES + 2 * COUNT * 8;
   u8* memory;
   u64 *full, *empty;  // [COUNT]
   DEVICE explicit Stages(u8* p) : memory(p), full((u64*)(p + MEMORY_BYTES)), empty(full + COUNT) {}
@@ -37,7 +36,12 @@ template <int COUNT, int BYTES> struct Stages {
 };
 
 // The thread that fills stages: not more than UNDER_WAY of them are under way at a time.
+//
+// A warp may wait for a stage only when that of the round before has arrived, or it would take the one before that for it.
+// Copies may overtake each other; that one has arrived says that all UNDER_WAY before it have. From one stage that it waits
+// for to the next a warp goes at most 2 ATTEND_WARPS − 2 further: from a page's last to the second of ATTEND_WARPS / 2 later.
 template <class S, int UNDER_WAY> struct Filler {
+  static_assert(UNDER_WAY + 2 * ATTEND_WARPS - 2 <= S::COUNT);
   const S& stages;
   u32 n = 0;
   DEVICE void put(const void* source, u32 bytes) {

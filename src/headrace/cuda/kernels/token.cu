@@ -73,7 +73,7 @@ struct TokenArgs {
 #if ARCH >= 90
 constexpr int WIDEST = larger(larger(D_MODEL, D_FF), Q_ROWS), CONSUMERS = WARPS * 32;
 using TokenRing = Stages<STAGES, STAGE_BYTES>;
-static_assert(WARPS <= STAGES);  // as Stages says
+static_assert(AHEAD + WARPS <= STAGES);  // as Filler says
 constexpr int TABLE_BYTES = LAYERS * (sizeof(Layer) + PRODUCTS * sizeof(Units));
 constexpr int WORK_BYTES = larger(X_BYTES_OF<WIDEST, 1, false> + PARTIALS * 4 + 16, (ATTEND_BYTES + 15) / 16 * 16);
 constexpr int SHARED_BYTES = TokenRing::ALL_BYTES + TABLE_BYTES + 16 + WORK_BYTES;
