@@ -52,14 +52,9 @@ ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 PAGE_SIZE = 64
 CACHE_GROUP = 32
 """Dims of a position that share a scale in a quantised cache."""
-SPLIT = 128
+SPLIT = 256
 """Positions of a split, at least."""
-ATTEND_WARPS = 4
-RING_SPAN = 2 * ATTEND_WARPS - 2
-"""Stages from one that a warp waits for to its next, at most (kernels/attend_ring.cuh)."""
-ATTEND_BLOCKS = 1
-_RING_BYTES = 80 << 10
-"""Of attention's ring, about: a product's block has room beside it, on the same multiprocessor."""
+ATTEND_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -138,17 +133,9 @@ def head_tiles(n_heads: int, n_kv_heads: int) -> int:
     return n_kv_heads * -(-(n_heads // n_kv_heads) // 8)
 
 
-def attend_stages(device: Device, shape: CacheShape) -> int:
-    """Stages of the ring through which attention reads the cache; 0: it does not."""
-    if device.arch < 90 or shape.quantised:
-        return 0
-    return max(RING_SPAN + 2, min(16, _RING_BYTES // shape.half_page))
-
-
 def max_splits(device: Device, shape: CacheShape) -> int:
-    """Splits of one row's positions, at most: a block for every multiprocessor, or two small ones."""
-    blocks = device.sm_count * (1 if attend_stages(device, shape) else 2)
-    return min(64, max(1, blocks // head_tiles(shape.n_heads, shape.n_kv_heads)))
+    """Splits of one row's positions, at most: a block for every multiprocessor."""
+    return min(64, max(1, device.sm_count // head_tiles(shape.n_heads, shape.n_kv_heads)))
 
 
 def attend(
@@ -156,19 +143,18 @@ def attend(
     scale: float, window: int | None, softcap: float | None,
 ) -> Launch:  # fmt: skip
     """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
-    most, ring = max_splits(device, shape), attend_stages(device, shape)
+    most = max_splits(device, shape)
     constants = attend_constants(device, shape, scale=scale, window=window, softcap=softcap) | {
-        "RING": ring,
-        "BLOCKS": ATTEND_BLOCKS,
         **brain(arguments.out),
     }
     visible = min(longest, (window or longest) + SPLIT)
     splits = min(most, -(-visible // SPLIT))
     blocks = head_tiles(shape.n_heads, shape.n_kv_heads)
     grid = (blocks, splits, n_rows)
-    shared = attend_bytes(shape, most) + ring * (shape.half_page + 16)
-    threads = ATTEND_WARPS * 32 + (32 if ring else 0)
-    return Launch(Specialisation.of("attend", constants), grid, threads, shared, arguments)
+    shared = attend_bytes(shape, most)
+    return Launch(
+        Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
+    )
 
 
 def attend_constants(

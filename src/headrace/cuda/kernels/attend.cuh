@@ -78,7 +78,10 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
 
 // out[head, dim] = the splits' sums, weighted, in order. ready(): waits for the weights; the first sums are on their way then.
 template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
-  constexpr int AT_ONCE = 4;
+#ifndef JOINED_AT_ONCE
+#define JOINED_AT_ONCE 8
+#endif
+  constexpr int AT_ONCE = JOINED_AT_ONCE;
   const int elements = heads * CACHE_DIM, first = 4 * thread;
   float4 x[AT_ONCE];
   auto place = [&](int i) { return partial + (u64)(i / CACHE_DIM) * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM; };
