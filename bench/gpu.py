@@ -167,11 +167,10 @@ MODES: dict[str, dict[str, Any] | None] = {
     "default": None,
     "dots": {},
     "tensor": {"tensor_rows": 1, "prompt_rows": 1024},
-    "few": {"tensor_rows": 8, "few_rows": range(2, 17), "prompt_rows": 1024},
     "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": 1024},
 }
 """Options of the runner: the best for the device; integer dots alone; tensor cores alone; and what
-is not yet on by default (docs/decisions/015 and 017)."""
+is not on by default (docs/decisions/017)."""
 
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0),

@@ -33,10 +33,12 @@ _PLANS_KEPT = 64
 def best_options(device: Device, *, batch_invariant: bool = False) -> dict[str, Any]:
     """Options of :class:`CUDARunner` for the greatest speed on ``device``: tensor cores where they
     take bfloat16, and there are rows enough. ``batch_invariant``: for any number of rows, and by
-    one kernel. docs/decisions/014 has what was measured; 015 and 017 say what is to come."""
+    one kernel. docs/decisions/014 and 015 have what was measured."""
     if device.arch < 80:
         return {}
-    return {"tensor_rows": 1 if batch_invariant else 8, "prompt_rows": 1024}
+    if batch_invariant:
+        return {"tensor_rows": 1, "prompt_rows": 1024}
+    return {"tensor_rows": 8, "few_rows": range(3, 17), "prompt_rows": 1024}
 
 
 class CUDARunner:

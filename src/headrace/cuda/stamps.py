@@ -39,9 +39,7 @@ class Stamps:
         address = device.allocate(16 * capacity, "time stamps")
         self._array = DeviceArray(address, (capacity, 2), np.dtype(np.uint64))
 
-    def timed(
-        self, launches: Sequence[Launch], parts: Sequence[Sequence[Part]]
-    ) -> list[Launch]:
+    def timed(self, launches: Sequence[Launch], parts: Sequence[Sequence[Part]]) -> list[Launch]:
         """The same kernels, leaving the stamps of each one's parts here, in order."""
         before = accumulate((len(some) for some in parts[:-1]), initial=0)
         rows = [self._array.row(i) for i in before]

@@ -107,7 +107,9 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     of_tiles = max(_stage_bytes(layout.max_tile_bytes) for layout in flat)
     stage_bytes = max(of_tiles, shape.half_page)
     stages = min(24, (device.shared_limit - rest) // (stage_bytes + 16))
-    if stages < AHEAD + max(WARPS, 2 * launchers.ATTEND_WARPS - 2):  # kernels/attend_ring.cuh says why
+    if stages < AHEAD + max(
+        WARPS, 2 * launchers.ATTEND_WARPS - 2
+    ):  # kernels/attend_ring.cuh says why
         return None
     constants = attention | {
         "LAYERS": len(layers),
@@ -123,7 +125,6 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
         "PARTIALS": partials,
         "GRID": len(units),
         "KEYS_AHEAD": 1,
-        "JOINED_AT_ONCE": 4,
     }
     return TokenShape(layers, constants, units, stages * (stage_bytes + 16) + rest)
 

@@ -16,22 +16,30 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   const Attention& a = args.attention;
   dependents_launch();
   const Target target(a.cache, blockIdx.z, blockIdx.x);
-  const int first_split = blockIdx.y, warp = threadIdx.x >> 5;
-  u64 page = target.first_page(a.cache, first_split, warp);
-  if (first_split < target.splits.count) {
-    const int base = first_base(target.splits, first_split, warp);
-    if (base <= target.position) prefetch(a.cache, page, target.kv_head, base);
-  }
+  const int first_split = blockIdx.y, warp = threadIdx.x >> 5, position = target.position, last = target.splits.count - 1;
+  constexpr int STRIDE = ATTEND_WARPS * STEP;
+  auto page_of = [&](int at) { return a.cache.page(target.slot, min(at, position)); };
+  int base = first_base(target.splits, min(first_split, last), warp);
+  u64 page = page_of(base), next_page = page_of(base + STRIDE);
+  // What is older than this step is asked for before the previous kernel has ended.
+  const bool older = base + STEP <= position;
+  Keys keys;
+  if (first_split <= last && base <= position) prefetch(a.cache, page, target.kv_head, base);
+  if (older) keys.load(a.cache, page, target.kv_head, base);
   BEGIN(args);
+  if (!older && base <= position) keys.load(a.cache, page, target.kv_head, base);
   u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
-  for (int split = first_split; split < target.splits.count; split += gridDim.y) {
+  for (int split = first_split; split <= last; split += gridDim.y) {
+    const Range range = range_of(target.splits, split, position);
+    if (split != first_split) {
+      base = first_base(target.splits, split, warp);
+      page = page_of(base), next_page = page_of(base + STRIDE);
+      if (base < range.high) keys.load(a.cache, page, target.kv_head, base);
+    }
     auto read = [&](Warp& w, const uint4* q) {
-      const Range range = range_of(target.splits, split, target.position);
-      int base = first_base(target.splits, split, warp);
-      if (split != first_split && base < range.high) page = a.cache.page(target.slot, base);
-      for (; base < range.high; base += ATTEND_WARPS * STEP) {
-        w.step(q, InMemory{a.cache, page, target.kv_head, base}, base, range.low, range.high);
-        if (base + ATTEND_WARPS * STEP < range.high) page = a.cache.page(target.slot, base + ATTEND_WARPS * STEP);
+      for (; base < range.high; base += STRIDE) {
+        w.step(q, InMemory{a.cache, keys, page, next_page, target.kv_head, base, base + STRIDE, range.high}, base, range.low, range.high);
+        page = next_page, next_page = page_of(base + 2 * STRIDE);
       }
     };
     attend_split(a, target, split, shared, arrived, threadIdx.x, read, sync_block);

@@ -78,10 +78,7 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
 
 // out[head, dim] = the splits' sums, weighted, in order. ready(): waits for the weights; the first sums are on their way then.
 template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
-#ifndef JOINED_AT_ONCE
-#define JOINED_AT_ONCE 8
-#endif
-  constexpr int AT_ONCE = JOINED_AT_ONCE;
+  constexpr int AT_ONCE = 8;
   const int elements = heads * CACHE_DIM, first = 4 * thread;
   float4 x[AT_ONCE];
   auto place = [&](int i) { return partial + (u64)(i / CACHE_DIM) * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM; };
@@ -208,10 +205,6 @@ struct Target {
     position = load_fresh(cache.positions + row), slot = load_fresh(cache.slots + row);
     kv_head = head_tile / HEAD_TILES, first_head = kv_head * GROUP_HEADS + head_tile % HEAD_TILES * TILE;
     heads = min(TILE, GROUP_HEADS - head_tile % HEAD_TILES * TILE), splits = splits_of(position);
-  }
-  // The page of a warp's first step; one without positions of its own reads an entry and no more.
-  DEVICE u64 first_page(const Cache& cache, int split, int warp) const {
-    return cache.page(slot, min(first_base(splits, min(split, splits.count - 1), warp), position));
   }
 };
 

@@ -51,16 +51,33 @@ template <class Value> DEVICE void add_values(float (&accumulator)[CACHE_DIM / 1
   }
 }
 
-// Positions base … base + 31 of a page, straight from memory.
+// A warp's keys of 32 positions, on their way while other things go on; heads of more than 128 dims leave no registers for it.
+struct Keys {
+  static constexpr bool HELD = CACHE_DIM <= 128;
+  uint4 at[4][HELD ? CACHE_DIM / 32 : 1];
+  DEVICE void load(const Cache& cache, u64 page, int head, int base) {
+    if (!HELD) return;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+      for (int j = 0; j < CACHE_DIM / 32; ++j) at[tile][HELD ? j : 0] = load_fresh(place(cache, page, head, base, tile) + 4 * j);
+  }
+  static DEVICE const uint4* place(const Cache& cache, u64 page, int head, int base, int tile) {
+    return (const uint4*)cache.key(page, head, base + key_position(tile)) + (lane_now() & 3);
+  }
+};
+
+// Positions base … base + 31 of a page, straight from memory; then come those from next_base on, if below `end`.
 struct InMemory {
   const Cache& cache;
-  u64 page;
-  int head, base;
+  Keys& keys;
+  u64 page, next_page;
+  int head, base, next_base, end;
   DEVICE void scores(float (&score)[4][2], const uint4* q) const {
-    const int quad = lane_now() & 3;
     add_scores(score, q, [&](int tile, int j) {
-      return load_fresh((const uint4*)cache.key(page, head, base + key_position(tile)) + 4 * j + quad);
+      return Keys::HELD ? keys.at[tile][Keys::HELD ? j : 0] : load_fresh(Keys::place(cache, page, head, base, tile) + 4 * j);
     });
+    if (next_base < end) keys.load(cache, next_page, head, next_base);
   }
   DEVICE void values(float (&accumulator)[CACHE_DIM / 16][4], const float (&p)[4][2], int count) const {
     const u16* at = cache.value(page, head, (threadIdx.x & 31) >> 2) + base % PAGE_SIZE + 8 * (threadIdx.x & 3);

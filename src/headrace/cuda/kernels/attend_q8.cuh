@@ -13,11 +13,16 @@ DEVICE float scale_at(const uint4& scales, int i) {
   return half_to_float((u16)(words[i >> 1] >> (16 * (i & 1))));
 }
 
+struct Keys {  // none are held
+  DEVICE void load(const Cache&, u64, int, int) {}
+};
+
 // Positions base … base + 31 of a page, straight from memory.
 struct InMemory {
   const Cache& cache;
-  u64 page;
-  int head, base;
+  Keys& keys;
+  u64 page, next_page;
+  int head, base, next_base, end;
 
   DEVICE void scores(float (&score)[4][2], const uint4* q) const {
     const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;

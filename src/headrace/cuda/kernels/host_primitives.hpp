@@ -97,7 +97,7 @@ DEVICE void wait_at_least(const u32* p, u32 count) {
 DEVICE void atomic_or(u32* p, u32 v) { *p |= v; }
 DEVICE void atomic_max(u64* p, u64 v) { *p = max(*p, v); }
 DEVICE u64 global_time() { return (u64)std::chrono::steady_clock::now().time_since_epoch().count(); }
-DEVICE void store_release_system(u64* p, u64 v) { *(volatile u64*)p = v; }
+DEVICE void store_system(u64* p, u64 v) { *(volatile u64*)p = v; }
 DEVICE void dependency_wait() {}
 DEVICE void dependents_launch() {}
 

@@ -98,7 +98,7 @@ DEVICE void wait_at_least(const u32* p, u32 count) {  // the counter may wrap ar
 DEVICE void atomic_or(u32* p, u32 v) { atomicOr(p, v); }
 DEVICE void atomic_max(u64* p, u64 v) { atomicMax(p, v); }
 DEVICE u64 global_time() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory"); return t; }  // ns
-DEVICE void store_release_system(u64* p, u64 v) { fence_system(); *(volatile u64*)p = v; }
+DEVICE void store_system(u64* p, u64 v) { *(volatile u64*)p = v; }  // for the host
 
 // Programmatic dependent launch: a kernel may start before its predecessor has ended, and waits
 // here before it touches what the predecessor wrote.

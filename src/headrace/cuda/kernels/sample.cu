@@ -263,18 +263,18 @@ KERNEL(WARPS * 32, 1) sample(ARGS(SampleArgs, a)) {
     sum = block_sum<WARPS>(largest == -INFINITY ? 0.f : sum * expf(largest - all), scratch);
     if (threadIdx.x == 0) a.sums[row * BLOCKS + blockIdx.x] = make_float2(all, sum);
   }
-  fence_device();
   sync_block();
   u64* const is_last = s.scratch + 2 * WARPS;
-  if (threadIdx.x == 0) *is_last = atomic_add(a.arrived + row, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) *is_last = atomic_add_ordered(a.arrived + row, 1) == gridDim.x - 1;
   sync_block();
   if (!*is_last) return;
-  fence_device();
   sync_block();
   const int id = shapes ? choose(shaped, peaks + SUBS, q, s) : choose(logits, peaks, q, s);
   const u64 cell = (u64)(q.step % a.ring_size) * rows + row;
-  if (q.n_logprobs >= 0 && id >= 0) report(logits, peaks, a.sums + row * BLOCKS, id, q.n_logprobs, a.reports + cell * RECORD, s);
-  fence_system();
+  if (q.n_logprobs >= 0 && id >= 0) {  // the host reads it once it has seen the id
+    report(logits, peaks, a.sums + row * BLOCKS, id, q.n_logprobs, a.reports + cell * RECORD, s);
+    fence_system();
+  }
   sync_block();
   if (threadIdx.x) return;
   a.arrived[row] = 0;
@@ -285,6 +285,6 @@ KERNEL(WARPS * 32, 1) sample(ARGS(SampleArgs, a)) {
     a.tokens[row] = max(id, 0);
     a.positions[row] += 1;
   }
-  store_release_system(a.ring + cell, (u64)(q.step + 1) << 32 | (u32)id);
+  store_system(a.ring + cell, (u64)(q.step + 1) << 32 | (u32)id);
 }
 HOST_ENTRY(sample, SampleArgs)
