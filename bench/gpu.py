@@ -28,7 +28,7 @@ from headrace.cuda import launchers
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
 from headrace.cuda.products import Tuning
-from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
+from headrace.cuda.runner import MAX_ROWS, PROMPT_ROWS, CUDARunner, best_options
 from headrace.cuda.steps import Step
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
@@ -166,8 +166,8 @@ def breakdown(runner: CUDARunner, first: int, n: int = 1) -> list[dict[str, Any]
 MODES: dict[str, dict[str, Any] | None] = {
     "default": None,
     "dots": {},
-    "tensor": {"tensor_rows": 1, "prompt_rows": 1024},
-    "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": 1024},
+    "tensor": {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS},
+    "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": PROMPT_ROWS},
 }
 """Options of the runner: the best for the device; integer dots alone; tensor cores alone; and what
 is not on by default (docs/decisions/017)."""

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from headrace.cuda import arguments as c
 from headrace.cuda.compile import Specialisation
 from headrace.cuda.device import Device, DeviceArray, Launch
-from headrace.cuda.layout import FLOAT_TYPES, PADDED_ROWS, TILE_COLUMNS, TILE_ROWS, TileLayout
+from headrace.cuda.layout import (
+    FLOAT_TYPES,
+    PADDED_ROWS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TileLayout,
+    tile_block,
+)
 from headrace.errors import DeviceError
 
 GROUP = 16
@@ -91,8 +98,9 @@ def matvec_shape(
     padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
     units = (padded_rows[0] if paired else sum(padded_rows)) // unit_rows
     grid = min(device.sm_count, units)
-    # Code for several types holds too many registers for eight rows.
-    most = 8 if len({m.layout.qtype for m in matrices}) == 1 else 4
+    # Code for several types, or for blocks of 256, holds too many registers for eight rows.
+    types = {m.layout.qtype for m in matrices}
+    most = 8 if len(types) == 1 and tile_block(types.pop())[0] == 32 else 4
     at_once = 1 if floats else min(most, 1 << (rows - 1).bit_length())
     unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
     options = (

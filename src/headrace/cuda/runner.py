@@ -27,6 +27,10 @@ from headrace.sampling import SamplingParams
 MAX_ROWS = 64
 """Rows of one pass over the weights, unless more sequences are to generate at once."""
 
+PROMPT_ROWS = 2048
+"""Rows of a prompt at a time, on tensor cores: 3 % faster than 1,024, and those who generate wait
+twice as long."""
+
 _PLANS_KEPT = 64
 
 
@@ -37,8 +41,8 @@ def best_options(device: Device, *, batch_invariant: bool = False) -> dict[str, 
     if device.arch < 80:
         return {}
     if batch_invariant:
-        return {"tensor_rows": 1, "prompt_rows": 1024}
-    return {"tensor_rows": 8, "few_rows": range(3, 17), "prompt_rows": 1024}
+        return {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS}
+    return {"tensor_rows": 8, "few_rows": range(3, 17), "prompt_rows": PROMPT_ROWS}
 
 
 class CUDARunner:

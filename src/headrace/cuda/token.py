@@ -27,8 +27,8 @@ from headrace.model.operations import (
     ProjectQKV,
 )
 
-WARPS = 15
-"""That multiply; with the one that streams, as many as leave a thread 128 registers."""
+WARPS = 11
+"""That multiply; with the one that streams, as many as leave a thread 168 registers."""
 _LARGEST_STAGE = 12 << 10
 """Bytes of four tiles that are a stage; of larger ones it is two."""
 AHEAD = 3
@@ -107,9 +107,8 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     of_tiles = max(_stage_bytes(layout.max_tile_bytes) for layout in flat)
     stage_bytes = max(of_tiles, shape.half_page)
     stages = min(24, (device.shared_limit - rest) // (stage_bytes + 16))
-    if stages < AHEAD + max(
-        WARPS, 2 * launchers.ATTEND_WARPS - 2
-    ):  # kernels/attend_ring.cuh says why
+    furthest = max(WARPS, 2 * launchers.ATTEND_WARPS - 2)  # kernels/attend_ring.cuh
+    if stages < AHEAD + furthest:
         return None
     constants = attention | {
         "LAYERS": len(layers),

@@ -147,11 +147,11 @@ struct Warp {
   float accumulator[CACHE_DIM / 16][4] = {};  // dims 16 i + lane / 4 (+ 8), of columns 2 quad and 2 quad + 1
   float largest = -INFINITY, sum = 0.f;
 
-  // Positions base … base + 31, which `cached` has, and of which [low, high) count.
-  template <class Cached> DEVICE void step(const uint4* q, const Cached& cached, int base, int low, int high) {
+  // Positions base … base + 31, which `source` has, and of which [low, high) count.
+  template <class Source> DEVICE void step(const uint4* q, const Source& source, int base, int low, int high) {
     const int quad = lane_now() & 3;
     float p[4][2] = {}, step_largest = -INFINITY;  // of position base + 8 quad + 2 tile + e: score, then probability
-    cached.scores(p, q);
+    source.scores(p, q);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
@@ -181,7 +181,7 @@ struct Warp {
 #pragma unroll
       for (int i = 0; i < 4; ++i) accumulator[d][i] *= kept[i & 1];
     // Of the lane's eight positions, those that exist count.
-    cached.values(accumulator, p, high - base - 8 * quad);
+    source.values(accumulator, p, high - base - 8 * quad);
   }
 
   // sums [MOST_HEADS, CACHE_DIM]
