@@ -19,6 +19,7 @@ from headrace.reference import operations
 def run(
     device: Device, shape: CacheShape, rows: list[tuple[int, int]], lengths: list[int], *,
     window: int | None = None, softcap: float | None = None, longest: int | None = None,
+    late: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """(device, its int8 copy, reference), [rows, heads × dim]; rows are (slot, position)."""
     rng = np.random.default_rng(len(lengths) + shape.n_heads)
@@ -41,8 +42,14 @@ def run(
         device, shape, arguments, n, longest or int(positions.max()) + 1,
         scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
+    if late:
+        assert isinstance(device, HostDevice)
+        for array in (cache.device_keys, cache.device_values):
+            device.late.append((array.address, device.download(array).reshape(-1).view(np.uint8)))
+            device.clear(array.address, array.n_bytes)
     device.launch(launch)
-    device.launch(launch)  # the arrival counters are as they were
+    if not late:
+        device.launch(launch)  # the arrival counters are as they were
     wanted = np.concatenate(
         [
             operations.attention(
@@ -82,6 +89,13 @@ def test_rows_of_several_slots_over_many_splits(device: Device, quantised: bool)
 def test_windows(device: Device, window: int, quantised: bool) -> None:
     shape = CacheShape(2, 1, 32, quantised=quantised)
     check(*run(device, shape, [(0, 10), (0, 330)], [331], window=window))
+
+
+def test_what_a_step_writes_is_read_when_it_is_written(quantised: bool) -> None:
+    """Rows of one sequence see each other's keys and values, of this very step."""
+    shape = CacheShape(4, 1, 64, quantised=quantised)
+    rows = [(0, 300), (0, 299), (0, 40)]
+    check(*run(HostDevice(seed=1), shape, rows, [301], late=True))
 
 
 def test_softcap(device: Device, quantised: bool) -> None:

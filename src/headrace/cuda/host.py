@@ -48,6 +48,9 @@ class HostDevice:
         self._memory: dict[int, NDArray[np.uint8]] = {}
         self._libraries: dict[Specialisation, ctypes.CDLL] = {}
         self._recording: list[Callable[[], None]] | None = None
+        self.late: list[tuple[int, NDArray[np.uint8]]] = []
+        """(address, bytes), four at most, that arrive while the next kernel already runs: when it
+        waits for the kernel before it."""
 
     @property
     def name(self) -> str:
@@ -124,6 +127,7 @@ class HostDevice:
             for spec, path in zip(missing, paths, strict=True):
                 library = ctypes.CDLL(str(path))
                 library.host_args_size.restype = ctypes.c_size_t
+                library.host_late.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
                 library.host_launch.restype = ctypes.c_char_p
                 library.host_launch.argtypes = [
                     ctypes.c_void_p,
@@ -147,6 +151,9 @@ class HostDevice:
 
         def run() -> None:
             self.seed += 1
+            late, self.late = self.late, []
+            for address, data in late:
+                library.host_late(address, data.ctypes.data, data.size)
             fault = library.host_launch(
                 ctypes.addressof(launch.arguments),
                 *launch.grid,

@@ -21,8 +21,8 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   auto page_of = [&](int at) { return a.cache.page(target.slot, min(at, position)); };
   int base = first_base(target.splits, min(first_split, last), warp);
   u64 page = page_of(base), next_page = page_of(base + STRIDE);
-  // What is older than this step is asked for before the previous kernel has ended.
-  const bool older = base + STEP <= position;
+  // What an earlier step wrote is asked for before the previous kernel has ended. Of several rows one may read another's.
+  const bool older = base + STEP <= position && gridDim.z == 1;
   Keys keys;
   if (first_split <= last && base <= position) prefetch(a.cache, page, target.kv_head, base);
   if (older) keys.load(a.cache, page, target.kv_head, base);

@@ -315,11 +315,24 @@ inline const char* launch(void (*kernel)(const void*), const void* arguments, u3
 }  // namespace host
 
 // The entry Python calls through ctypes: one struct of arguments, as on the device.
+namespace host {
+struct Late {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+inline Late late[4];
+inline int n_late = 0;
+}  // namespace host
+
 #define HOST_ENTRY(kernel, args) HOST_ENTRY_OF(kernel, args, false)
 #define HOST_ENTRY_TOGETHER(kernel, args) HOST_ENTRY_OF(kernel, args, true)
 #define HOST_ENTRY_OF(kernel, args, together)                                                                  \
   extern "C" size_t host_args_size() { return sizeof(args); }                                       \
   extern "C" int host_shared_bytes() { return SHARED_BYTES; }                                       \
+  extern "C" void host_late(void* to, const void* from, size_t bytes) {                             \
+    host::late[host::n_late++] = {to, from, bytes};                                                 \
+  }                                                                                                 \
   extern "C" const char* host_launch(const void* a, u32 gx, u32 gy, u32 gz, u32 threads,            \
                                      u32 shared_bytes, u64 seed) {                                  \
     if (shared_bytes < SHARED_BYTES) return "less shared memory than the kernel uses";              \
