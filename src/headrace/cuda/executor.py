@@ -71,9 +71,9 @@ class Executor:
     ``prompt_rows``: up to so many rows of prompts run together through kernels made for them,
     likewise on tensor cores; 0: like any rows. All three need sm_80. ``cache_type``: of keys and
     values, f16 or q8_0.
-    ``one_kernel``: an experiment (docs/decisions/017 says what is wrong with it): all layers of a
-    step of one row are one launch where they can be (:func:`token.token_shape`), with int8
-    activations and an f16 cache; :attr:`ran` says whether they were.
+    ``one_kernel``: all layers of a step of one row are one launch where they can be
+    (:func:`token.token_shape`), with int8 activations and an f16 cache; :attr:`ran` says whether
+    they were. Not faster yet: docs/decisions/017.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
