@@ -23,8 +23,9 @@ from device_memory import (
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
-from headrace.cuda.layout import FLOAT_TYPES, tile_block
-from headrace.cuda.skinny import skinny
+from headrace.cuda.layout import FLOAT_TYPES, TileLayout, tile_block
+from headrace.cuda.products import Matrix
+from headrace.cuda.skinny import skinny, skinny_shape
 from headrace.errors import DeviceError
 from headrace.gguf.types import QuantType
 
@@ -100,6 +101,17 @@ def test_the_grid_and_the_passes_do_not_matter(sm_count: int) -> None:
         results.append(device.download(y))
         assert relative(results[-1], 2 * np.tanh(3 * (seen @ weights.T) / 2)) < ROUNDED
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("rows", [5, 16])
+def test_a_pair_fits_a_small_device(rows: int) -> None:
+    """Where sixteen areas of a pair would leave no room for a unit."""
+    device = HostDevice()
+    device.shared_limit = 99 << 10
+    pair = [Matrix(0, TileLayout(QuantType.Q4_K, 2048, 4096))] * 2
+    shape = skinny_shape(device, pair, rows, paired=True)
+    assert shape.shared_bytes <= device.shared_limit
+    assert shape.areas == 13
 
 
 @pytest.mark.parametrize("rows", [8, 16])

@@ -52,14 +52,15 @@ def skinny_shape(
     device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
 ) -> SkinnyShape:
     """Passes as few as the shared memory allows, and as equal. The areas, and so the order of sums,
-    depend on the matrices alone; many rows of W leave room for half as many."""
+    depend on the matrices and the device alone; many rows of W leave room for half as many."""
     tokens, stripes = 8 if rows <= 8 else MOST_ROWS, -(-matrices[0].layout.k // 256)
     # On sm_86 they would spill; before sm_90 it is not measured either.
     light = tokens == 8 and device.arch >= 90
     light = light and all(m.layout.qtype in _LIGHT for m in matrices)
     padded = [-(-m.layout.n // PADDED_ROWS) for m in matrices]
     units, both = padded[0] if paired else sum(padded), 2 if paired else 1
-    areas = min(16 if units * both <= 512 else 8, stripes)
+    rooms = [(device.shared_limit - n * 4100) // (n * _PITCH * 4 * both) for n in (8, MOST_ROWS)]
+    areas = min(16 if units * both <= 512 else 8, stripes, *(room for room in rooms if room > 0))
     warps = 16 if light else 8
     stripe_warps = min(warps, 1 << (areas - 1).bit_length())
     grid = min(device.sm_count, units)
