@@ -59,7 +59,9 @@ def skinny_shape(
     light = light and all(m.layout.qtype in _LIGHT for m in matrices)
     padded = [-(-m.layout.n // PADDED_ROWS) for m in matrices]
     units, both = padded[0] if paired else sum(padded), 2 if paired else 1
-    rooms = [(device.shared_limit - n * 4100) // (n * _PITCH * 4 * both) for n in (8, MOST_ROWS)]
+    rooms = [
+        (device.shared_limit - n * (8 * 512 + 4)) // (n * _PITCH * 4 * both) for n in (8, MOST_ROWS)
+    ]
     areas = min(16 if units * both <= 512 else 8, stripes, *(room for room in rooms if room > 0))
     warps = 16 if light else 8
     stripe_warps = min(warps, 1 << (areas - 1).bit_length())
