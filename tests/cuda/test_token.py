@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from headrace.cuda.host import HostDevice
+from headrace.cuda.launchers import ATTEND_WARPS
 from headrace.cuda.runner import CUDARunner
 from headrace.cuda.token import AHEAD, WARPS, token_shape
 from headrace.gguf.reader import open_gguf
@@ -70,7 +71,7 @@ def test_the_smallest_ring(decoder_of, length: int) -> None:
     device.shared_limit += 512
     shape = token_shape(decoder, device)
     assert shape is not None
-    assert shape.constants["STAGES"] == WARPS + AHEAD
+    assert shape.constants["STAGES"] == AHEAD + max(WARPS, 2 * ATTEND_WARPS - 2)
     got = tokens_after(device, decoder, length, one_kernel=True)
     np.testing.assert_array_equal(got, wanted)
 
