@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import batches
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from headrace.cuda.device import Device
 from headrace.cuda.executor import Executor
 from headrace.cuda.runner import CUDARunner
+from headrace.cuda.stamps import DOTS, TENSORS
 from headrace.gguf.reader import open_gguf
 from headrace.instrument import InstrumentedRunner, Work, works
 from headrace.model.loader import load_decoder
@@ -67,18 +69,23 @@ def test_timed_steps_are_steps(
     runner.close()
 
 
-@pytest.mark.parametrize("tensor_rows", [None, 4])
+@pytest.mark.parametrize(
+    ("options", "arithmetic"),
+    [({}, DOTS), ({"tensor_rows": 4}, TENSORS), ({"few_rows": range(2, 17)}, TENSORS)],
+)
 def test_a_layer_timed_is_the_layer(
-    device: Device, tmp_path: Path, tensor_rows: int | None
+    device: Device, tmp_path: Path, options: dict[str, Any], arithmetic: str
 ) -> None:
     write_synthetic(tmp_path / "m.gguf", "llama-tiny", "Q4_K_M")
     executor = Executor(
-        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=8, tensor_rows=tensor_rows
+        load_decoder(open_gguf(tmp_path / "m.gguf")), device, max_rows=16, **options
     )
     executor.allocate_cache(1)
     executor.bring(batches.one_sequence([0] * 4))
     x = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
     wanted = executor.download(executor.layer(executor.upload(x), 1))
+    spans = executor.time_layer(executor.upload(x), 1)
+    assert {s.part.arithmetic for s in spans if Work.MATMUL in s.part.works} == {arithmetic}
     group = profile_layer(executor, x, 1, repetitions=3)
     again = executor.lowering.arena["x values"]
     np.testing.assert_array_equal(executor.download(again)[:4], wanted)

@@ -215,15 +215,13 @@ class Lowering:
 
     def plan(self, step: Step) -> Iterator[tuple[Sequence[Operation], list[Launch]]]:
         """(operations, what does them) of a step, in order."""
-        operations = self.decoder.operations
-        if self.token is not None and step.n_rows == 1 and not self.brain(step):
-            embed, *layers, head = operations
+        embed, *layers, head = operations = self.decoder.operations
+        if self.token is None or step.n_rows > 1 or self.brain(step):
+            yield from (([one], list(self.lower(one, step))) for one in operations)
+        else:
             yield [embed], list(self.lower(embed, step))
             yield layers, [self._layers(self.token, step)]
             yield [head], list(self.lower(head, step))
-        else:
-            for operation in operations:
-                yield [operation], list(self.lower(operation, step))
 
     def _layers(self, shape: TokenShape, step: Step) -> Launch:
         qkv, attend = shape.layers[0][:2]
@@ -267,12 +265,10 @@ class Lowering:
         if not self.brain(step):
             return
         positions = self.require_inputs().positions.address
+        shapes = self.cache_shapes.values()
         for rope, name in self._rotations.items():
-            shape = next(
-                s
-                for s in self.cache_shapes.values()
-                if s.rope_dim == rope.dim and s.magnitude == rope.magnitude
-            )
+            turned = rope.dim, rope.magnitude
+            shape = next(s for s in shapes if (s.rope_dim, s.magnitude) == turned)
             out = self.arena[name].address
             arguments = c.Rotations(positions, self.weights.turns(rope), out, step.n_rows)
             yield launchers.rotations(shape, arguments, step.n_rows)

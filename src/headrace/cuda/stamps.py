@@ -80,7 +80,7 @@ def parts_of(
 
 def _part(index: int, name: str, works: tuple[Work, ...], launch: Launch) -> Part:
     arithmetic = FMAS
-    if Work.MATMUL in works and launch.spec.name == "gemm":
+    if Work.MATMUL in works and launch.spec.name in ("gemm", "skinny"):
         arithmetic = TENSORS
     elif Work.MATMUL in works and dict(launch.spec.macros).get("FLOAT_ACTIVATIONS", "0") == "0":
         arithmetic = DOTS
