@@ -207,13 +207,17 @@ def test_ceilings_are_of_this_machine():
 @pytest.mark.real_model
 def test_parts_sum_to_the_measured_token(smollm2_path):
     """Within 5% of what the host's clock says; and the time stamps cost nothing much, by the
-    fastest tokens. Of five times, if need be: on a busy machine a time says what else it did.
+    fastest tokens of all tries. Of ten tries, if need be, and by one thread: on a busy machine a
+    time says what else it did, and of several threads one always waits for a core.
     """
-    runner = CPURunner(load_decoder(open_gguf(smollm2_path)))
-    for _ in range(5):
+    runner = CPURunner(load_decoder(open_gguf(smollm2_path)), 1)
+    timed, plain = [], []
+    for _ in range(10):
         profile = profile_runner(runner, Subject("smollm2", "llama", "cpu"), tokens=32)
         apart = abs(profile.total.seconds.median / profile.seconds.median - 1)
-        cost = profile.seconds.min / profile.plain.min
+        timed.append(profile.seconds.min)
+        plain.append(profile.plain.min)
+        cost = min(timed) / min(plain)
         if apart < 0.05 and cost < 1.25 and abs(profile.unattributed_share) < 0.05:
             break
     runner.close()
