@@ -311,7 +311,9 @@ def main() -> None:
         "--rows", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256]
     )
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512, 4096])
-    parser.add_argument("--tuning", nargs="*", type=int, default=[], help="warps stages exclusive")
+    parser.add_argument(
+        "--tuning", nargs="*", type=int, default=[], help="warps stages early exclusive"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--commit", help="for the receipt, where git cannot tell")
     parser.add_argument("--json", type=Path)

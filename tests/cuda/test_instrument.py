@@ -12,9 +12,9 @@ import pytest
 from headrace.cuda.device import Device
 from headrace.cuda.executor import Executor
 from headrace.cuda.runner import CUDARunner
-from headrace.cuda.stamps import DOTS, TENSORS
+from headrace.cuda.stamps import DOTS, TENSORS, Stamps
 from headrace.gguf.reader import open_gguf
-from headrace.instrument import InstrumentedRunner, Work, works
+from headrace.instrument import InstrumentedRunner, Part, Work, works
 from headrace.model.loader import load_decoder
 from headrace.model.operations import Head
 from headrace.profile.layer import profile_layer
@@ -67,6 +67,21 @@ def test_timed_steps_are_steps(
     assert {s.part.operation for s in spans} == set(range(len(runner.decoder.operations)))
     assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
     runner.close()
+
+
+def test_stamps_are_told_to_the_nanosecond(device: Device) -> None:
+    """Of a clock that counts from 1970: as seconds, doubles are 0.2 µs apart there."""
+    stamps = Stamps(device, 3)
+    now, marks = 1_795_000_000_000_000_123, [(0, 700), (737, 1500), (1537, 2001)]
+    part = Part(0, "part", (Work.NORM,), DOTS)
+    for shift in (0, 5_000_000_000):
+        noted = [(~np.uint64(now + shift + a), np.uint64(now + shift + b)) for a, b in marks]
+        device.upload(stamps._array.address, np.array(noted, np.uint64))
+        spans = stamps.spans([[part]] * 3)
+        taken = [(round((s.end - s.start) * 1e9), round(s.waiting * 1e9)) for s in spans]
+        assert taken == [(700, 0), (800, 37), (501, 37)]
+        assert spans[0].start == pytest.approx(shift / 1e9)
+    stamps.close()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,23 @@ def test_three_matrices_of_three_types_with_norm_and_bias(any_device: Device) ->
     assert relative(any_device.download(y), wanted) < 2e-6
 
 
+@pytest.mark.parametrize("early", [0, 1, 3])
+@pytest.mark.parametrize("n", [20, 400])
+def test_how_early_stages_are_requested_changes_nothing(
+    any_device: Device, n: int, early: int
+) -> None:
+    """Fewer tiles than stages, and many more."""
+    rng = np.random.default_rng(n)
+    matrix, weights, _ = random_matrix(any_device, rng, QuantType.Q4_K, n, 2304)
+    x, seen = x_and_rounded(rng, 1, 2304, False)
+    y = poisoned(any_device, (1, n))
+    tuning = Tuning(warps=2, stages=3, early=early)
+    a = upload_activations(any_device, x)
+    launch = matvec(any_device, [matrix], a, c.Store(y.address), 1, macros=LOGITS, tuning=tuning)
+    any_device.launch(launch)
+    assert relative(any_device.download(y), seen @ weights.T) < 2e-6
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 11])
 @pytest.mark.parametrize("qtype", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q8_0])
 def test_a_row_is_bit_equal_whoever_travels_with_it(

@@ -73,6 +73,8 @@ class Tuning:
 
     warps: int = 16
     stages: int = 2
+    early: int = 2
+    """Stages that are requested before the previous kernel has ended; the others, behind x."""
     exclusive: bool = True
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
     two, the kernels of a chain of programmatic launches get in each other's way."""
@@ -158,6 +160,7 @@ def matvec(
         "FLOAT_ACTIVATIONS": floats,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
+        "EARLY": min(tuning.early, shape.stages),
         "PASS_UNITS": shape.pass_units,
         "GRID": shape.grid,
         **(macros or {}),

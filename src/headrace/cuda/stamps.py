@@ -38,6 +38,7 @@ class Stamps:
         self._device = device
         address = device.allocate(16 * capacity, "time stamps")
         self._array = DeviceArray(address, (capacity, 2), np.dtype(np.uint64))
+        self._origin: int | None = None
 
     def timed(self, launches: Sequence[Launch], parts: Sequence[Sequence[Part]]) -> list[Launch]:
         """The same kernels, leaving the stamps of each one's parts here, in order."""
@@ -53,7 +54,10 @@ class Stamps:
         """What the last run of those kernels did; waits for it."""
         flat = list(chain(*parts))
         stamps = self._device.download(self._array)[: len(flat)]
-        began, ended = (~stamps[:, 0]).tolist(), stamps[:, 1].tolist()
+        if self._origin is None:  # the clock counts from 1970: seconds of it would be 0.2 µs apart
+            self._origin = int(~stamps[0, 0])
+        began = [int(first) - self._origin for first in ~stamps[:, 0]]
+        ended = [int(last) - self._origin for last in stamps[:, 1]]
         spans, previous = [], began[0]
         for part, first, last in zip(flat, began, ended, strict=True):
             end = max(previous, last)

@@ -75,9 +75,10 @@ def layers_of(decoder: Decoder) -> tuple[Operations, ...] | None:
 
 
 def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
-    """None where the kernel cannot stand for the launches: the device is older than sm_90, an
-    operation is one it has not, weights are unquantised, or its shared memory does not suffice."""
-    layers = layers_of(decoder) if device.arch >= 90 else None
+    """None where the kernel cannot stand for the launches: the device is not an sm_90 (older ones
+    lack its copies, on later ones it spills registers), an operation is one it has not, weights are
+    unquantised, or its shared memory does not suffice."""
+    layers = layers_of(decoder) if device.arch == 90 else None
     if layers is None:
         return None
     layouts = [[_layouts(decoder, linears) for linears in _products(layer)] for layer in layers]

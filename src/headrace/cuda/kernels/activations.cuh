@@ -73,7 +73,7 @@ DEVICE void store_group(const Row& row, int column, float value, float gain, boo
   }
   const u32 scale = float_to_brain(largest * (1.f / 127.f));
   const float d = bits_to_float(scale << 16);
-  const int q = d > 1e-36f ? __float2int_rn(v * (1.f / d)) : 0;  // smaller ones count as 0: 1 / d must be finite
+  const int q = d > 1e-36f ? __float2int_rn(v * divide_near(1.f, d)) : 0;  // smaller ones count as 0: 1 / d must be finite
   int sum = q;
 #pragma unroll
   for (int step = 4; step; step >>= 1) sum += shuffle_xor(sum, step);

@@ -18,31 +18,35 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   const Target target(a.cache, blockIdx.z, blockIdx.x);
   const int first_split = blockIdx.y, warp = threadIdx.x >> 5, position = target.position, last = target.splits.count - 1;
   constexpr int STRIDE = ATTEND_WARPS * STEP;
-  auto page_of = [&](int at) { return a.cache.page(target.slot, min(at, position)); };
-  int base = first_base(target.splits, min(first_split, last), warp);
-  u64 page = page_of(base), next_page = page_of(base + STRIDE);
+  Range range = range_of(target.splits, min(first_split, last), position);
+  int base = first_base(range, warp);
+  auto page_of = [&](int at) { return (u32)a.cache.page(target.slot, min(at, range.high - 1)); };
+  u32 page = page_of(base), next_page = page_of(base + STRIDE);
   // What an earlier step wrote is asked for before the previous kernel has ended. Of several rows one may read another's.
-  const bool older = base + STEP <= position && gridDim.z == 1;
-  Keys keys;
-  if (first_split <= last && base <= position) prefetch(a.cache, page, target.kv_head, base);
-  if (older) keys.load(a.cache, page, target.kv_head, base);
+  const bool any = first_split <= last && base < range.high, older = any && base + STEP <= position && gridDim.z == 1;
+  Held held;
+  if (older && Held::IS) held.load(a.cache, page, target.kv_head, base);
+  else if (any) prefetch(a.cache, page, target.kv_head, base);
   BEGIN(args);
-  if (!older && base <= position) keys.load(a.cache, page, target.kv_head, base);
+  if (any && !older) held.load(a.cache, page, target.kv_head, base);
   u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
   for (int split = first_split; split <= last; split += gridDim.y) {
-    const Range range = range_of(target.splits, split, position);
     if (split != first_split) {
-      base = first_base(target.splits, split, warp);
+      range = range_of(target.splits, split, position);
+      base = first_base(range, warp);
       page = page_of(base), next_page = page_of(base + STRIDE);
-      if (base < range.high) keys.load(a.cache, page, target.kv_head, base);
+      if (base < range.high) held.load(a.cache, page, target.kv_head, base);
     }
     auto read = [&](Warp& w, const uint4* q) {
       for (; base < range.high; base += STRIDE) {
-        w.step(q, InMemory{a.cache, keys, page, next_page, target.kv_head, base, base + STRIDE, range.high}, base, range.low, range.high);
+        w.step(q, InMemory{a.cache, held, page, next_page, target.kv_head, base, base + STRIDE, range.high}, base, range.low, range.high);
         page = next_page, next_page = page_of(base + 2 * STRIDE);
       }
     };
-    attend_split(a, target, split, shared, arrived, threadIdx.x, read, sync_block);
+    Target now = target;  // registers are few: what follows from these is worked out here, not before the loop
+    now.splits.count = kept(now.splits.count);
+    if (Held::IS) now.row = kept(now.row), now.first_head = kept(now.first_head), now.heads = kept(now.heads);
+    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);
   }
 }
 HOST_ENTRY(attend, AttendArgs)

@@ -32,23 +32,24 @@ struct Attention {
   u32* arrived;            // [rows, KV_HEADS × HEAD_TILES], zero between launches
 };
 
-struct Splits { int begin, first, size, count; };  // `size` positions each, from first × size
+// The pages of a row's positions, from page `first` on, in `count` splits: of `each` pages, and the first `longer` of one more.
+struct Splits {
+  int begin, first, count, each, longer;  // begin: the first position that is seen
+  DEVICE int page(int split) const { return first + split * each + min(split, longer); }
+};
 
 DEVICE Splits splits_of(int position) {
-  const int begin = WINDOW ? max(0, position + 1 - WINDOW) : 0;
-  const int size = max(SPLIT, (position + PAGE_SIZE * MAX_SPLITS) / (PAGE_SIZE * MAX_SPLITS) * PAGE_SIZE);
-  return {begin, begin / size, size, position / size - begin / size + 1};
+  const int begin = WINDOW ? max(0, position + 1 - WINDOW) : 0, first = begin / PAGE_SIZE, pages = position / PAGE_SIZE - first + 1;
+  const int count = min(MAX_SPLITS, (pages + SPLIT / PAGE_SIZE - 1) / (SPLIT / PAGE_SIZE)), each = pages / count;
+  return {begin, first, count, each, pages - each * count};
 }
 
 struct Range { int low, high; };  // positions
 DEVICE Range range_of(const Splits& s, int split, int position) {
-  const int start = (s.first + split) * s.size;
-  return {max(start, s.begin), min(start + s.size, position + 1)};
+  return {max(s.page(split) * PAGE_SIZE, s.begin), min(s.page(split + 1) * PAGE_SIZE, position + 1)};
 }
 // The first position of a warp's first step; the steps of a split begin with a page.
-DEVICE int first_base(const Splits& s, int split, int warp) {
-  return max((s.first + split) * s.size, s.begin) / PAGE_SIZE * PAGE_SIZE + warp * STEP;
-}
+DEVICE int first_base(const Range& r, int warp) { return r.low / PAGE_SIZE * PAGE_SIZE + warp * STEP; }
 
 // weights[head, s] = what split s counts in the whole: exp(its maximum − the greatest) / the sum. A warp a head.
 DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count, float* weights) {
@@ -159,7 +160,7 @@ struct Warp {
         float s = p[tile][e];
         if constexpr (SOFTCAP > 0.f) s = LOG2_E * SOFTCAP * tanhf(s / SOFTCAP);
         const int position = base + 8 * quad + 2 * tile + e;
-        p[tile][e] = position >= low && position < high ? s : -INFINITY;
+        p[tile][e] = (!WINDOW || position >= low) && position < high ? s : -INFINITY;
         step_largest = fmaxf(step_largest, p[tile][e]);
       }
     step_largest = fmaxf(step_largest, shuffle_xor(step_largest, 1));
@@ -187,12 +188,16 @@ struct Warp {
   // sums [MOST_HEADS, CACHE_DIM]
   DEVICE void store(float* sums) const {
     const int line = lane_now() >> 2, quad = lane_now() & 3;
+    constexpr int AT_ONCE = PACKED ? 2 : 1;  // of PACKED columns, a lane and its partner have the parts of one of two each
+    const bool second = PACKED && quad & 2;
 #pragma unroll
-    for (int d = 0; d < CACHE_DIM / 16; ++d)
+    for (int d = 0; d < CACHE_DIM / 16; d += AT_ONCE)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float v = PACKED ? accumulator[d][i] + shuffle_xor(accumulator[d][i], 2) : accumulator[d][i];
-        if (2 * quad + (i & 1) < MOST_HEADS) sums[(2 * quad + (i & 1)) * CACHE_DIM + 16 * d + 8 * (i >> 1) + line] = v;
+        const float a = accumulator[d][i], b = accumulator[d + AT_ONCE - 1][i];
+        const float v = PACKED ? (second ? b : a) + shuffle_xor(second ? a : b, 2) : a;
+        const int head = (PACKED ? 2 * (quad & 1) : 2 * quad) + (i & 1), dim = 16 * (d + second) + 8 * (i >> 1) + line;
+        if (head < MOST_HEADS) sums[head * CACHE_DIM + dim] = v;
       }
   }
 };
@@ -231,14 +236,6 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
     q[i * 32 + lane] = fragment;
   }
   sync();
-  const Row out = a.out.row<HEADS * HEAD_DIM>(row);
-  auto finish = [&](int head, int dim, float v) {
-    const int column = (first_head + head) * HEAD_DIM + dim;
-    const bool live = dim < HEAD_DIM;
-    if (live && out.values) out.values[column] = v;
-    store_group(out, column, v, 1.f, live);
-  };
-
   Warp w;
   read(w, q);
   w.sum += shuffle_xor(w.sum, 1);
@@ -246,6 +243,13 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
   if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
   w.store(sums + warp * MOST_HEADS * CACHE_DIM);
   sync();
+  const Row out = a.out.row<HEADS * HEAD_DIM>(row);
+  auto finish = [&](int head, int dim, float v) {
+    const int column = (first_head + head) * HEAD_DIM + dim;
+    const bool live = dim < HEAD_DIM;
+    if (live && out.values) out.values[column] = v;
+    store_group(out, column, v, 1.f, live);
+  };
   for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) {
     const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
     float largest = -INFINITY, sum = 0.f, v = 0.f;

@@ -13,15 +13,16 @@ DEVICE float scale_at(const uint4& scales, int i) {
   return half_to_float((u16)(words[i >> 1] >> (16 * (i & 1))));
 }
 
-struct Keys {  // none are held
+struct Held {  // nothing is
+  static constexpr bool IS = false;
   DEVICE void load(const Cache&, u64, int, int) {}
 };
 
 // Positions base … base + 31 of a page, straight from memory.
 struct InMemory {
   const Cache& cache;
-  Keys& keys;
-  u64 page, next_page;
+  Held& held;
+  u32 page, next_page;
   int head, base, next_base, end;
 
   DEVICE void scores(float (&score)[4][2], const uint4* q) const {

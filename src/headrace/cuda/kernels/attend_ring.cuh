@@ -92,18 +92,18 @@ template <class S> struct InRing {
     constexpr int TILES = CACHE_DIM / 16;  // of 8 dims, in a stage
     const int lane = lane_now(), place = (lane >> 2) * (PAGE_SIZE / 8) + half * (STEP / 8) + (lane & 3);
     const uint4* first = nullptr;
+    const Existing existing(count);
     add_values(accumulator, p, [&](int d) {
       if (d % TILES == 0) first = (const uint4*)stages(values_at + d / TILES).wait() + place;
-      return first[d % TILES * PAGE_SIZE];
-    }, count);
+      return existing.of(first[d % TILES * PAGE_SIZE]);
+    });
     for (u32 i = 0; i < 2; ++i) stages(values_at + i).release(both ? READERS / 2 : READERS);
   }
 };
 
 // A warp's steps of a split, whose first stage is n.
-template <class S> DEVICE void read_ring(Warp& w, const uint4* q, const S& stages, u32 n, const Target& target, int split, int warp) {
-  const Range range = range_of(target.splits, split, target.position);
-  for (int base = first_base(target.splits, split, warp); base < range.high; base += ATTEND_WARPS * STEP) {
+template <class S> DEVICE void read_ring(Warp& w, const uint4* q, const S& stages, u32 n, const Range& range, int warp) {
+  for (int base = first_base(range, warp); base < range.high; base += ATTEND_WARPS * STEP) {
     const int half = base / STEP % 2;
     const bool both = range.high - base + half * STEP > STEP;
     const u32 of_page = n + 4 * (base / PAGE_SIZE - range.low / PAGE_SIZE);

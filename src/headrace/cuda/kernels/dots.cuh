@@ -11,10 +11,23 @@ struct X {
   int columns;  // from row to row
 };
 
+// Where a lane's groups of x lie in a slice of 1,024 columns, in bytes: worked out once, not for every tile. Groups and slots
+// are permuted bits, so that lane and i can be taken apart.
+template <int TYPE> struct Slots {
+  int quants_of_0 = 0, scales_of_0 = 0;
+  DEVICE explicit Slots(int lane) {
+    if constexpr (TYPE == NONE) return;
+    const int group = Block<TYPE == NONE ? F32 : TYPE>::group(lane & 15, 0);
+    quants_of_0 = kept(16 * quant_slot(group)), scales_of_0 = kept(8 * scale_slot(group));
+  }
+  DEVICE int quants(int i) const { return quants_of_0 ^ 16 * quant_slot(Block<TYPE>::group(0, i)); }
+  DEVICE int scales(int i) const { return scales_of_0 ^ 8 * scale_slot(Block<TYPE>::group(0, i)); }
+};
+
 // sum[t × LANE_ROWS + r] = this lane's share of the r-th of its rows of a tile against row t of x: the tile of a slice, of
 // so many blocks a row; wait() returns it when it is there. sum_transposed<16> adds the shares up.
 template <int TYPE, int N_ROWS, bool FLOATS, class Wait>
-DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, int slice, int blocks, int lane) {
+DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, const Slots<TYPE>& slots, int slice, int blocks, int lane) {
   if constexpr (TYPE != NONE) {
     using B = Block<TYPE>;
     const int l = lane & 15, first_row = lane / 16 * LANE_ROWS;
@@ -52,9 +65,9 @@ DEVICE void dot_tile(float (&sum)[N_ROWS * LANE_ROWS], Wait&& wait, const X& x, 
         for (int i = 0; i < B::WEIGHTS; ++i) sums[i] = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int group = t * (padded(x.columns) / GROUP) + slice * (TILE_COLUMNS / GROUP) + B::group(l, i);
-          quants[i] = x.quants[quant_slot(group)];
-          const uint2 s = x.scales[scale_slot(group)];
+          const int before = t * (padded(x.columns) / GROUP) + slice * (TILE_COLUMNS / GROUP);
+          quants[i] = *(const int4*)((const u8*)x.quants + (before * 16 + slots.quants(i)));
+          const uint2 s = *(const uint2*)((const u8*)x.scales + (before * 8 + slots.scales(i)));
           constexpr float of[2] = {1.f, 0.0625f};
           low[i] = low_scale(s) * of[B::SIXTEENFOLD >> i & 1], high[i] = high_scale(s) * of[B::SIXTEENFOLD >> i & 1];
           if (absent(i)) low[i] = high[i] = 0.f;
@@ -110,34 +123,53 @@ template <int COLUMNS, int N_ROWS, bool FLOATS> DEVICE X x_at(const u8* shared) 
   return {(const int4*)shared, (const uint2*)(shared + N_ROWS * padded(COLUMNS)), (const float*)shared, COLUMNS};
 }
 
-// Rows of x from `first_row` on into shared memory, and 1/rms of each. gain: the norm's, for floats. WARP_COUNT warps call.
-template <int COLUMNS, int N_ROWS, bool FLOATS, bool NORMED, int WARP_COUNT>
-DEVICE void load_x(const Rows& in, const float* gain, float eps, int first_row, int rows, u8* shared, float* inverse_rms) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  if (NORMED) {
-    const int t = WARP_COUNT - 1 - warp;  // the last warps: the first are busy with x
-    if (t < rows) {
-      const float* squares = in.row<COLUMNS>(first_row + t).squares;
-      float s = 0.f;
-#pragma unroll 8
-      for (int i = lane; i < COLUMNS / GROUP; i += 32) s += load_fresh(squares + i);
-      s = warp_sum(s);
-      if (lane == 0) inverse_rms[t] = rsqrtf(s * (1.f / COLUMNS) + eps);
-    }
-  }
+#ifndef X_LOADS
+#define X_LOADS 4  // of x, under way in a thread
+#endif
+
+// Rows of x from `first_row` on into shared memory. WARP_COUNT warps call. meanwhile(): once the first loads are on their way.
+template <int COLUMNS, int N_ROWS, bool FLOATS, bool NORMED, int WARP_COUNT, class Meanwhile>
+DEVICE void load_x(const Rows& in, const float* gain, int first_row, int rows, u8* shared, Meanwhile&& meanwhile) {
+  constexpr int THREADS = WARP_COUNT * 32;
+  if (FLOATS) meanwhile();
   for (int t = 0; t < rows; ++t) {
     const Row row = in.row<COLUMNS>(first_row + t);
     if constexpr (FLOATS) {
       float* x = (float*)shared + t * COLUMNS;
-      for (int i = threadIdx.x; i < COLUMNS; i += WARP_COUNT * 32) x[i] = load_fresh(row.values + i) * (NORMED ? gain[i] : 1.f);
+      for (int i = threadIdx.x; i < COLUMNS; i += THREADS) x[i] = load_fresh(row.values + i) * (NORMED ? gain[i] : 1.f);
     } else {
-      constexpr int N = padded(COLUMNS) / GROUP;
+      constexpr int N = padded(COLUMNS) / GROUP, EACH = (N + N / 2 + THREADS - 1) / THREADS, AT_ONCE = EACH < X_LOADS ? EACH : X_LOADS;
       int4* quants = (int4*)shared + t * N;
       int4* scales = (int4*)(shared + N_ROWS * N * 16) + t * (N / 2);
-      for (int i = threadIdx.x; i < N + N / 2; i += WARP_COUNT * 32) {
-        if (i < N) quants[i] = load_fresh(row.quants + i);
-        else scales[i - N] = load_fresh((const int4*)row.scales + i - N);
+#pragma unroll 1
+      for (int first = 0; first < N + N / 2; first += AT_ONCE * THREADS) {
+        int4 v[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (const int i = first + threadIdx.x + k * THREADS; i < N + N / 2)
+            v[k] = load_fresh(i < N ? row.quants + i : (const int4*)row.scales + i - N);
+        if (t == 0 && first == 0) meanwhile();
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+          if (const int i = first + threadIdx.x + k * THREADS; i < N + N / 2) *(i < N ? quants + i : scales + i - N) = v[k];
       }
     }
   }
 }
+
+// 1/rms of a row of x: a warp asks for its squares early, and adds them up when others need not wait for it.
+template <int COLUMNS> struct RowNorm {
+  static constexpr int N = COLUMNS / GROUP, EACH = (N + 31) / 32;
+  float squares[EACH];
+  DEVICE void load(const Rows& in, int row, int lane) {
+    const float* const from = in.row<COLUMNS>(row).squares;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) squares[k] = lane + 32 * k < N ? load_fresh(from + lane + 32 * k) : 0.f;
+  }
+  DEVICE float inverse_rms(float eps) const {
+    float s = 0.f;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) s += squares[k];
+    return rsqrtf(warp_sum(s) * (1.f / COLUMNS) + eps);
+  }
+};

@@ -82,9 +82,7 @@ template <int N> struct Product {
   DEVICE Ready prepare(int, int, int, bool) const { return {}; }
   DEVICE void fetch(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready&, int row, int n, float gate, float up, bool live) const {
-    float v;
-    if (ACTIVATION == SILU) v = gate / (1.f + expf(-gate)) * up;
-    else v = 0.5f * gate * (1.f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate))) * up;
+    const float v = activated(gate, up);
     const Row r = hidden.row<N>(row);
     if (live && r.values) r.values[n] = v;
     store_group(r, n, live ? v : 0.f, 1.f, live);

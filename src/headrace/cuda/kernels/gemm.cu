@@ -255,7 +255,7 @@ DEVICE void finish(const GemmArgs& a, const Sums& sums, u8* slabs, const float* 
     for (int i = 0; i < 2; ++i) {
       const int token = 8 * t + 2 * quad + i, at = 8 * t % WIDE / 2 + i;
       const float *part = sums.part[8 * t / WIDE], scale = NORM ? inverse[token] : 1.f;
-      const float v = n < N0 ? a.out.product(part[at] * scale, part[at + 2] * scale) : 0.f;  // columns beyond N0 stay zero
+      const float v = n < N0 ? activated(part[at] * scale, part[at + 2] * scale) : 0.f;  // columns beyond N0 stay zero
       *(u16*)(slabs + token * 128 + (piece ^ (token & 7)) * 16 + within) = (u16)pack_brain2(v, 0.f);
     }
   sync_block();

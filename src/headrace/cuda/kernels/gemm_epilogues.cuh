@@ -98,15 +98,10 @@ struct Where {};
 struct Epilogue {
   Rows hidden;
   DEVICE Where where(int) const { return {}; }
-  // activation(gate) × up. Both activations are gate × sigmoid(z); the rounding to bfloat16 hides the division's.
-  DEVICE float product(float gate, float up) const {
-    const float z = ACTIVATION == SILU ? gate : 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
-    return divide_fast(gate * up, 1.f + exp2_fast(fminf(-1.4426950408889634f * z, 126.f)));
-  }
   DEVICE void finish(int row, int n, const float4& gate, const float4& up) const {
     const Row to = hidden.row<N0>(row);
-    *(u32*)to.brain_at(n) = pack_brain2(product(gate.x, up.x), product(gate.y, up.y));
-    *(u32*)to.brain_at(n + 2) = pack_brain2(product(gate.z, up.z), product(gate.w, up.w));
+    *(u32*)to.brain_at(n) = pack_brain2(activated(gate.x, up.x), activated(gate.y, up.y));
+    *(u32*)to.brain_at(n + 2) = pack_brain2(activated(gate.z, up.z), activated(gate.w, up.w));
   }
 };
 #endif

@@ -38,6 +38,7 @@ template <class T> DEVICE T shuffle(T v, int lane) {
 }
 template <class T> DEVICE T shuffle_xor(T v, int mask) { return shuffle(v, (int)(threadIdx.x & 31) ^ mask); }
 DEVICE int lane_now() { return threadIdx.x & 31; }
+DEVICE int kept(int v) { return v; }
 DEVICE bool any_lane(bool p) {
   int any = p;
   for (int step = 16; step; step >>= 1) any |= shuffle_xor(any, step);
@@ -63,8 +64,7 @@ DEVICE void sincos_turns(float turns, float* s, float* c) {
   *s = (float)sin(2 * M_PI * turns);
   *c = (float)cos(2 * M_PI * turns);
 }
-DEVICE float exp2_fast(float x) { return exp2f(x); }
-DEVICE float divide_fast(float x, float y) { return x / y; }
+DEVICE float divide_near(float x, float y) { return x / y; }
 DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   auto one = [&](int shift) {

@@ -7,9 +7,11 @@
 // Integer dots, and sums in an order that depends neither on the grid nor on ROWS: a row's result is
 // bit-equal whoever travels with it.
 //
+// EARLY stages are requested before the previous kernel has ended, the others behind x.
+//
 // Macros: ARCH; K; TYPE0…2, N0…2 (rows of each matrix; TYPE NONE when absent); PAIRED (gate and up:
 // output i takes row i of both) or stacked; UNIT_ROWS (outputs a block takes at a time; 16 when they
-// are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES,
+// are quantised); ROWS (of x, at once); FLOAT_ACTIVATIONS; NORM, EPS; EPILOGUE; WARPS, STAGES, EARLY,
 // PASS_UNITS, GRID; and the epilogue's own (epilogues.cuh).
 #include "cut.cuh"
 #include "dots.cuh"
@@ -38,10 +40,14 @@ constexpr int X_BYTES = X_BYTES_OF<K, ROWS, FLOAT_ACTIVATIONS>;
 constexpr int PARTIAL_BYTES = ROWS * PASS_GROUPS * TILE_ROWS * PITCH * 4;
 constexpr int SHARED_BYTES = RING_BYTES + BARRIER_BYTES + X_BYTES + PARTIAL_BYTES + ROWS * 4;
 
-template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * LANE_ROWS], R& ring, const X& x, int slice) {
+template <int TYPE, class R> DEVICE void dot_type(float (&sum)[ROWS * LANE_ROWS], R& ring, const X& x, const Slots<TYPE>& slots, int slice) {
   if constexpr (TYPE != NONE)
-    dot_tile<TYPE, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slice, Tiles<TYPE, K>::blocks(slice), threadIdx.x & 31);
+    dot_tile<TYPE, ROWS, FLOAT_ACTIVATIONS>(sum, [&] { return ring.wait(); }, x, slots, slice, Tiles<TYPE, K>::blocks(slice), ring.lane);
 }
+
+// One copy of the code for each type, not for each matrix.
+DEVICE bool has_type0(int segment) { return segment == 0 || (segment == 1 && TYPE1 == TYPE0) || (segment == 2 && TYPE2 == TYPE0); }
+DEVICE bool has_type1(int segment) { return segment == 1 || TYPE2 == TYPE1; }  // of the others
 
 struct MatvecArgs {
   const u8* weights[3];
@@ -63,21 +69,26 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   u8* const x_memory = shared + RING_BYTES + BARRIER_BYTES;
   float* const partial = (float*)(x_memory + X_BYTES);
   float* const inverse_rms = partial + PARTIAL_BYTES / 4;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = kept(threadIdx.x & 31), warp = kept(threadIdx.x >> 5);
   const int first = first_unit(blockIdx.x), last = first_unit(blockIdx.x + 1);
   const int tiles = (last - first) * UNIT_GROUPS * SLICES;
 
-  Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES);
+  Ring<STAGES, STAGE_BYTES> ring(shared + warp * STAGES * STAGE_BYTES, (u64*)(shared + RING_BYTES) + warp * STAGES, lane);
   auto request = [&](int stage, int t) {
     if (t >= tiles) return ring.request(stage, nullptr, 0);
     const Place p = Cuts::place(first, t);
-    if (p.segment == 0) ring.request(stage, S0::tile(a.weights[0], p.group, p.slice), S0::bytes(p.slice));
-    else if (p.segment == 1) ring.request(stage, S1::tile(a.weights[1], p.group, p.slice), S1::bytes(p.slice));
-    else ring.request(stage, S2::tile(a.weights[2], p.group, p.slice), S2::bytes(p.slice));
+    const u8* const weights = p.segment == 0 ? a.weights[0] : p.segment == 1 ? a.weights[1] : a.weights[2];
+    if (has_type0(p.segment)) ring.request(stage, S0::tile(weights, p.group, p.slice), S0::bytes(p.slice));
+    else if (has_type1(p.segment)) ring.request(stage, S1::tile(weights, p.group, p.slice), S1::bytes(p.slice));
+    else ring.request(stage, S2::tile(weights, p.group, p.slice), S2::bytes(p.slice));
   };
-  for (int s = 0; s < STAGES; ++s) request(s, warp + s * WARPS);
+#pragma unroll 1
+  for (int s = 0; s < EARLY; ++s) request(s, warp + s * WARPS);
 
   dependents_launch();
+  const Slots<TYPE0> slots0(lane);
+  const Slots<TYPE1> slots1(lane);
+  const Slots<TYPE2> slots2(lane);
   const int first_row = blockIdx.y * ROWS, rows = min(ROWS, a.n_rows - first_row);
   // This thread's first output, in the first pass.
   Output mine = Cuts::output(first, min(PASS_UNITS, last - first), rows, threadIdx.x);
@@ -85,8 +96,18 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   float bias = bias_of(a, mine);
   BEGIN(a);
   a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
-  load_x<K, ROWS, FLOAT_ACTIVATIONS, NORM, WARPS>(a.in, a.in_gain, EPS, first_row, rows, x_memory, inverse_rms);
+  const int normed = WARPS - 1 - warp;  // the last warps: the first are busy with x
+  RowNorm<K> norm;
+  if (NORM && normed < rows) norm.load(a.in, first_row + normed, lane);
+  load_x<K, ROWS, FLOAT_ACTIVATIONS, NORM, WARPS>(a.in, a.in_gain, first_row, rows, x_memory, [&] {
+#pragma unroll 1
+    for (int s = EARLY; s < STAGES; ++s) request(s, warp + s * WARPS);
+  });
   sync_block();
+  if (NORM && normed < rows) {
+    const float v = norm.inverse_rms(EPS);
+    if (lane == 0) inverse_rms[normed] = v;
+  }
   const X x = x_at<K, ROWS, FLOAT_ACTIVATIONS>(x_memory);
 
   int t = warp;
@@ -95,14 +116,13 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
     for (const int end = (base + units * UNIT_GROUPS) * SLICES; t < end; t += WARPS) {
       const Place p = Cuts::place(first, t);
       float sum[ROWS * LANE_ROWS] = {};
-      const int s = p.segment;  // one copy of the code for each type, not for each matrix
-      if (s == 0 || (s == 1 && TYPE1 == TYPE0) || (s == 2 && TYPE2 == TYPE0)) dot_type<TYPE0>(sum, ring, x, p.slice);
-      else if (s == 1 || TYPE2 == TYPE1) dot_type<TYPE1>(sum, ring, x, p.slice);
-      else dot_type<TYPE2>(sum, ring, x, p.slice);
+      if (has_type0(p.segment)) dot_type<TYPE0>(sum, ring, x, slots0, p.slice);
+      else if (has_type1(p.segment)) dot_type<TYPE1>(sum, ring, x, slots1, p.slice);
+      else dot_type<TYPE2>(sum, ring, x, slots2, p.slice);
       sync_warp();
       request(ring.stage, t + STAGES * WARPS);
       ring.advance();
-      const float total = sum_transposed<16>(sum);
+      const float total = sum_transposed<16>(sum, lane);
       constexpr int share = 16 / (ROWS * LANE_ROWS);
       if (lane % share == 0) {
         const int value = lane % 16 / share, tile_row = lane / 16 * LANE_ROWS + value % LANE_ROWS;

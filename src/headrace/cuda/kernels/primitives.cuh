@@ -30,6 +30,8 @@ template <class T> DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(
 template <class T> DEVICE T shuffle(T v, int lane) { return __shfl_sync(FULL_WARP, v, lane); }
 // What follows from it is worked out where it is used, not carried through a kernel's loops in registers.
 DEVICE int lane_now() { int lane; asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); return lane; }
+// The other way round: carried in a register.
+DEVICE int kept(int v) { asm volatile("" : "+r"(v)); return v; }
 DEVICE bool any_lane(bool p) { return __any_sync(FULL_WARP, p); }
 DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 DEVICE int dp4a(u32 a, int b, int c) {  // bytes of a are unsigned
@@ -48,8 +50,7 @@ DEVICE float bits_to_float(u32 u) { return __uint_as_float(u); }
 DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEVICE void sincos_turns(float turns, float* s, float* c) { sincospif(2.f * turns, s, c); }
 
-DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }  // y below 2^126
+DEVICE float divide_near(float x, float y) { return __fdividef(x, y); }  // likewise, for y below 2^126
 #if ARCH >= 80
 DEVICE u32 pack_halves(float low, float high) {
   u32 d;
@@ -225,8 +226,7 @@ DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Sums N values (a power of two ≤ LANES) over LANES neighbouring lanes at once, halving the values a lane carries at
 // each step. Lane l of them ends with the sum of value l / (LANES / N). The order of additions for a value is
 // the same whatever N is, so a row's result does not depend on how many rows travel together.
-template <int LANES, int N> DEVICE float sum_transposed(float (&v)[N]) {
-  const int lane = threadIdx.x & 31;
+template <int LANES, int N> DEVICE float sum_transposed(float (&v)[N], int lane) {
 #pragma unroll
   for (int step = LANES / 2, n = N; step; step >>= 1) {
     if (n > 1) {
@@ -268,12 +268,12 @@ template <int COUNT> DEVICE float block_sum(float v, float* scratch) {
 template <int DEPTH, int BYTES> struct Ring {
   u8* stages;
   u64* full;  // one barrier a stage; used on sm_90 and later
-  int stage = 0;
+  int lane, stage = 0;
   u32 parity = 0;
 
-  DEVICE Ring(u8* memory, u64* barriers) : stages(memory), full(barriers) {
+  DEVICE Ring(u8* memory, u64* barriers, int lane) : stages(memory), full(barriers), lane(lane) {
 #if ARCH >= 90
-    if ((threadIdx.x & 31) == 0) {
+    if (lane == 0) {
       for (int s = 0; s < DEPTH; ++s) barrier_init(&full[s], 1);
       barrier_init_fence();
     }
@@ -283,7 +283,6 @@ template <int DEPTH, int BYTES> struct Ring {
   // Starts the copy of `bytes` (a multiple of 16; none when 0) into stage s.
   DEVICE void request(int s, const u8* source, u32 bytes) {
     u8* target = stages + s * BYTES;
-    const int lane = threadIdx.x & 31;
 #if ARCH >= 90
     if (lane == 0 && bytes) {
       barrier_arrive_expect(&full[s], bytes);

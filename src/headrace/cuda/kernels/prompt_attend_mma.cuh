@@ -97,14 +97,14 @@ struct Warp {  // its rows line and line + 8 of each of MT sixteens
         most = fmaxf(most, shuffle_xor(most, 1));
         most = fmaxf(most, shuffle_xor(most, 2));
         const float finite = most == -INFINITY ? 0.f : most;
-        keep[half] = exp2_fast(largest[m][half] - finite);
+        keep[half] = exp2_near(largest[m][half] - finite);
         largest[m][half] = most;
         sum[m][half] *= keep[half];
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            p[tile][2 * half + e] = exp2_fast(p[tile][2 * half + e] - finite);
+            p[tile][2 * half + e] = exp2_near(p[tile][2 * half + e] - finite);
             sum[m][half] += p[tile][2 * half + e];
           }
       }

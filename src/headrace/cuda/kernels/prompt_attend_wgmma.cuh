@@ -124,13 +124,13 @@ struct Warp {  // its rows line and line + 8
       most = fmaxf(most, shuffle_xor(most, 1));
       most = fmaxf(most, shuffle_xor(most, 2));
       const float finite = most == -INFINITY ? 0.f : most;
-      keep[half] = exp2_fast(largest[0][half] - finite);
+      keep[half] = exp2_near(largest[0][half] - finite);
       largest[0][half] = most;
       float total = sum[0][half] * keep[half];
 #pragma unroll
       for (int t = 0; t < STEP / 8; ++t) {
         float* s = scores.s + 4 * t + 2 * half;
-        s[0] = exp2_fast(s[0] - finite), s[1] = exp2_fast(s[1] - finite);
+        s[0] = exp2_near(s[0] - finite), s[1] = exp2_near(s[1] - finite);
         total += s[0] + s[1];
       }
       sum[0][half] = total;

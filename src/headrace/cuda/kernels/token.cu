@@ -182,6 +182,7 @@ DEVICE void multiply(const Shared& s, int type, int groups, const X& x, float* p
     constexpr int TYPE = decltype(constant)::value;
     using T = Stream<TYPE>;
     const T stream(x.columns);
+    const Slots<TYPE> slots(lane);
     const int tiles = groups * stream.slices, pitch = stream.slices | 1, stages = (tiles + T::STAGE_TILES - 1) / T::STAGE_TILES;
     for (; k < stages; k += WARPS) {
       const Stage stage = s.stages(n + k);
@@ -197,14 +198,14 @@ DEVICE void multiply(const Shared& s, int type, int groups, const X& x, float* p
           float one[LANE_ROWS] = {};
           places[i] = t + i < tiles ? row * pitch + slice : -1;
           const int blocks = stream.blocks(slice);
-          if (t + i < tiles) dot_tile<TYPE, 1, false>(one, [&] { return tile; }, x, slice, blocks, lane);
+          if (t + i < tiles) dot_tile<TYPE, 1, false>(one, [&] { return tile; }, x, slots, slice, blocks, lane);
 #pragma unroll
           for (int r = 0; r < LANE_ROWS; ++r) sum[i * LANE_ROWS + r] = one[r];
           tile += T::WHOLE ? T::FULL_BYTES : T::B::bytes(blocks);
           if (++slice == stream.slices) slice = 0, row += TILE_ROWS;
         }
-        const float total = sum_transposed<16>(sum);  // of one of the lanes' rows of one tile, in every fourth lane
-        const int place = places[lane >> 3 & 1], tile_row = lane / 16 * LANE_ROWS + (lane >> 2 & 1);
+        const float total = sum_transposed<16>(sum, lane);  // of one of the lanes' rows of one tile, in every fourth lane
+        const int place = lane & 8 ? places[1] : places[0], tile_row = lane / 16 * LANE_ROWS + (lane >> 2 & 1);
         if (lane % 4 == 0 && place >= 0) partial[place + tile_row * pitch] = total;
       }
       stage.release(READERS);
@@ -246,7 +247,14 @@ DEVICE void product(int op, const Shared& s, const Layer& layer, const Units& un
   X x;
   with_operation(op, [&](auto o) {
     using O = decltype(o);
-    load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(op == QKV || op == GATE_UP ? a.x : op == OUT ? a.attention.out : a.hidden, nullptr, EPS, 0, 1, s.work, inverse_rms);
+    if (O::NORM && threadIdx.x >> 5 == WARPS - 1) {
+      RowNorm<O::COLUMNS> norm;
+      norm.load(a.x, 0, lane_now());
+      const float v = norm.inverse_rms(EPS);
+      if (lane_now() == 0) *inverse_rms = v;
+    }
+    const Rows& in = O::NORM ? a.x : O::FIRST == Of<OUT>::FIRST ? a.attention.out : a.hidden;
+    load_x<O::COLUMNS, 1, false, O::NORM, WARPS>(in, nullptr, 0, 1, s.work, [] {});
     x = x_at<O::COLUMNS, 1, false>(s.work);
   });
   sync_threads(1, CONSUMERS);
@@ -290,10 +298,11 @@ DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
   for (; item < HEADS_APART * target.splits.count; item += GRID) {
     if (item >= GRID) target = Target(a.cache, 0, item % HEADS_APART);
     const int split = item / HEADS_APART;
-    auto read = [&](Warp& w, const uint4* q) { read_ring(w, q, s.stages, n, target, split, warp); };
+    const Range range = range_of(target.splits, split, target.position);
+    auto read = [&](Warp& w, const uint4* q) { read_ring(w, q, s.stages, n, range, warp); };
     if (warp < ATTEND_WARPS)
       attend_split(a, target, split, s.work, a.arrived + item % HEADS_APART, thread, read, [] { sync_threads(2, ATTEND_WARPS * 32); });
-    n += stages_of(range_of(target.splits, split, target.position));
+    n += stages_of(range);
   }
   grid.arrive();
 }
