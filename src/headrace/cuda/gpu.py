@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.cuda.compile import Specialisation, compiler_version, cubins
-from headrace.cuda.device import Counters, DeviceArray, Graph, Launch
+from headrace.cuda.device import Counters, DeviceArray, Event, Graph, Launch
 from headrace.errors import DeviceError, DeviceMemoryError
 
 _INSTALL = "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
@@ -89,6 +89,24 @@ class CUDAGraph:
         if self._executable is not None:
             _check(self._device.driver.cuGraphExecDestroy(self._executable), "graph destroy")
             self._executable = None
+
+
+class CUDAEvent:
+    def __init__(self, device: CUDADevice) -> None:
+        self._device = device
+        kinds = device.driver.CUevent_flags
+        # The thread that waits sleeps: others need the core.
+        flags = kinds.CU_EVENT_DISABLE_TIMING.value | kinds.CU_EVENT_BLOCKING_SYNC.value
+        self._event = _check(device.driver.cuEventCreate(flags), "event")
+
+    def record(self) -> None:
+        _check(self._device.driver.cuEventRecord(self._event, self._device.stream), "event")
+
+    def wait(self) -> None:
+        _check(self._device.driver.cuEventSynchronize(self._event), "waiting for a copy")
+
+    def close(self) -> None:
+        _check(self._device.driver.cuEventDestroy(self._event), "event")
 
 
 class CUDADevice:
@@ -170,6 +188,16 @@ class CUDADevice:
             self.driver.cuMemcpyHtoDAsync(address, flat.ctypes.data, flat.nbytes, self.stream),
             f"copying {flat.nbytes:,} bytes to the device",
         )
+
+    def upload_pinned(self, address: int, pinned: NDArray[np.uint8]) -> None:
+        self.counters.bytes_to_device += pinned.nbytes
+        _check(
+            self.driver.cuMemcpyHtoDAsync(address, pinned.ctypes.data, pinned.nbytes, self.stream),
+            f"copying {pinned.nbytes:,} bytes to the device",
+        )
+
+    def event(self) -> Event:
+        return CUDAEvent(self)
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
         out = np.empty(array.shape, array.dtype)
