@@ -6,13 +6,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from headrace import hub
-from headrace.devices import check_cache_type, choose_device, load_runner
+from headrace.devices import check_cache_type, choose_device, load_runner, opening
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.scheduler import pages_for
@@ -105,10 +105,13 @@ def load(
     """
     device = choose_device(device, threads)
     check_cache_type(cache_type, device)
-    file = open_gguf(hub.resolve(name, progress))
-    try:
-        # The tokeniser takes as long to build as the rest of a small model: do both at once.
-        with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
+    path = hub.resolve(name, progress)
+    with ExitStack() as meanwhile:
+        meanwhile.enter_context(opening(device))
+        # The tokeniser takes as long to build as the rest of a small model.
+        thread = meanwhile.enter_context(ThreadPoolExecutor(1, "headrace-tokenizer"))
+        file = open_gguf(path)
+        try:
             text = thread.submit(_load_text, file.metadata, chat)
             runner = load_runner(
                 load_decoder(file), device, threads, max_sequences,
@@ -123,9 +126,9 @@ def load(
             except BaseException:
                 runner.close()
                 raise
-    except BaseException:
-        file.close()
-        raise
+        except BaseException:
+            file.close()
+            raise
     return Model(file, engine, device, template)
 
 

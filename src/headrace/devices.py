@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from headrace.backend import CACHED_BYTES, Runner
 from headrace.errors import DeviceError, RequestError
 from headrace.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from headrace.cuda.gpu import CUDAContext
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,30 @@ def check_cache_type(cache_type: str, device: str) -> None:
             f"the CPU backend keeps its cache in f16: leave out --cache-type {cache_type} "
             f"(cache_type={cache_type!r}), or use a GPU (--device cuda)"
         )
+
+
+@contextmanager
+def opening(device: str) -> Iterator[None]:
+    """Begin to open ``device``, so that :func:`load_runner` need not wait as long for it.
+
+    Nothing is raised here if that fails: whoever needs the device will be told why.
+    """
+    if device != "cuda":
+        yield
+        return
+    with ThreadPoolExecutor(1, "headrace-device") as thread:
+        context = thread.submit(_make_context)
+        try:
+            yield
+        finally:  # a runner that was loaded keeps it
+            if context.exception() is None:
+                context.result().close()
+
+
+def _make_context() -> CUDAContext:
+    from headrace.cuda.gpu import CUDAContext
+
+    return CUDAContext()
 
 
 def load_runner(
