@@ -22,6 +22,7 @@ from headrace.gguf.reader import GGUFFile, open_gguf
 from headrace.model.decoder import Config
 from headrace.model.loader import load_decoder
 from headrace.sampling import Logits, LogitsMask, SamplingParams
+from headrace.stages import stage
 from headrace.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -110,19 +111,25 @@ def load(
         meanwhile.enter_context(opening(device))
         # The tokeniser takes as long to build as the rest of a small model.
         thread = meanwhile.enter_context(ThreadPoolExecutor(1, "headrace-tokenizer"))
-        file = open_gguf(path)
+        with stage("header"):
+            file = open_gguf(path)
         try:
             text = thread.submit(_load_text, file.metadata, chat)
-            runner = load_runner(
-                load_decoder(file), device, threads, max_sequences,
-                batch_invariant=batch_invariant, cache_type=cache_type,
-            )  # fmt: skip
+            with stage("decoder described and weights checked", file.n_bytes):
+                decoder = load_decoder(file)
+            with stage("runner"):
+                runner = load_runner(
+                    decoder, device, threads, max_sequences,
+                    batch_invariant=batch_invariant, cache_type=cache_type,
+                )  # fmt: skip
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)
-                engine = Engine(
-                    runner, tokenizer, context=context, n_pages=n_pages, max_sequences=max_sequences
-                )
+                with stage("cache"):
+                    engine = Engine(
+                        runner, tokenizer,
+                        context=context, n_pages=n_pages, max_sequences=max_sequences,
+                    )  # fmt: skip
             except BaseException:
                 runner.close()
                 raise
@@ -134,13 +141,15 @@ def load(
 
 def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, ChatTemplate | None]:
     """The tokeniser, built; and the chat template, starting, if it is wanted and there is one."""
-    tokenizer = Tokenizer.from_metadata(metadata)
+    with stage("vocabulary"):
+        tokenizer = Tokenizer.from_metadata(metadata)
     template = None
     if chat:
         with suppress(TemplateError):  # asking for Model.chat_template raises it again
             template = _load_template(metadata, tokenizer)
             template.prepare()
-    tokenizer.prepare()
+    with stage("tokeniser's encoder"):
+        tokenizer.prepare()
     return tokenizer, template
 
 

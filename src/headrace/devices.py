@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.backend import CACHED_BYTES, Runner
 from headrace.errors import DeviceError, RequestError
 from headrace.model.decoder import Decoder
+from headrace.stages import stage
 
 if TYPE_CHECKING:
     from headrace.cuda.gpu import CUDAContext
@@ -79,9 +80,10 @@ def opening(device: str) -> Iterator[None]:
 
 
 def _make_context() -> CUDAContext:
-    from headrace.cuda.gpu import CUDAContext
+    with stage("context"):
+        from headrace.cuda.gpu import CUDAContext
 
-    return CUDAContext()
+        return CUDAContext()
 
 
 def load_runner(
@@ -105,10 +107,12 @@ def load_runner(
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        from headrace.cuda.gpu import CUDADevice
-        from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
+        with stage("backend imported"):
+            from headrace.cuda.gpu import CUDADevice
+            from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 
-        gpu: Any = CUDADevice()
+        with stage("device opened, its context waited for"):
+            gpu: Any = CUDADevice()
         rows = max(MAX_ROWS, max_sequences)
         options = best_options(gpu, batch_invariant=batch_invariant)
         return CUDARunner(decoder, gpu, max_rows=rows, cache_type=cache_type, **options)

@@ -3,6 +3,7 @@ the rest fails."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -96,3 +97,25 @@ def test_a_cpu_needs_no_context(path: Path) -> None:
     FakeContext.begun.set()
     with headrace.load(path, "reference", context=128):
         assert FakeContext.kept == 0
+
+
+def test_what_a_load_took_is_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "headrace.stages"), headrace.load(path, "cuda", context=64):
+        pass
+    facts = {record.getMessage(): record.facts for record in caplog.records}
+    assert facts.keys() == {
+        "header", "vocabulary", "tokeniser's encoder", "decoder described and weights checked",
+        "context", "backend imported", "device opened, its context waited for",
+        "matrices on the device", "runner", "cache",
+    }  # fmt: skip
+    size = path.stat().st_size
+    assert 0.9 * size < facts["matrices on the device"]["bytes"] < size
+    runner, matrices = facts["runner"]["seconds"], facts["matrices on the device"]["seconds"]
+    assert runner >= matrices > 0
+
+
+def test_what_failed_took_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "other.gguf").write_bytes(b"something else")
+    with caplog.at_level(logging.DEBUG, "headrace.stages"), pytest.raises(GGUFError):
+        headrace.load(tmp_path / "other.gguf", "cuda")
+    assert [record.getMessage() for record in caplog.records] == ["context"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from headrace.cuda.compile import Specialisation, compiler_version, cubins
 from headrace.cuda.device import Counters, DeviceArray, Event, Graph, Launch
 from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.stages import stage
 
 _INSTALL = "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
 _OLDEST = 75
@@ -250,6 +251,11 @@ class CUDADevice:
 
     def prepare(self, specs: Iterable[Specialisation]) -> None:
         missing = [spec for spec in dict.fromkeys(specs) if spec not in self._functions]
+        if missing:
+            with stage(f"{len(missing)} kernels"):
+                self._load(missing)
+
+    def _load(self, missing: list[Specialisation]) -> None:
         driver = self.driver
         for spec, code in cubins(missing, self.target).items():
             module = _check(driver.cuModuleLoadData(code), f"loading {spec.name}")

@@ -32,6 +32,7 @@ from headrace.model.operations import (
     ProjectQKV,
     Rope,
 )
+from headrace.stages import stage
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class WeightIndex:
     def load(self, device: Device, progress: Progress | None = None) -> None:
         """Copy and reorder everything; ``progress`` is told the bytes of each piece."""
         self._arena.allocate(device)
-        upload(device, self._pieces(), self.staging_bytes, progress)
+        n_bytes = sum(self._tensor(name).data.nbytes for name, _ in self._layouts)
+        with stage("matrices on the device", n_bytes):
+            upload(device, self._pieces(), self.staging_bytes, progress)
         for name, order in self._vectors:
             tensor = self._tensor(name)
             values = order.apply(
