@@ -3,6 +3,7 @@ the rest fails."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from pathlib import Path
@@ -91,6 +92,29 @@ def test_why_there_is_no_context_is_said(monkeypatch: pytest.MonkeyPatch, path: 
     monkeypatch.setattr(FakeContext, "__init__", fail)
     with pytest.raises(DeviceError, match="fallen off the bus"):
         headrace.load(path, "cuda")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_rests_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, path: Path, tmp_path: Path, enabled: bool
+) -> None:
+    def open_gguf(path: Path) -> object:
+        assert not gc.isenabled()
+        return opened(path)
+
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"something else")
+    opened = api.open_gguf
+    monkeypatch.setattr(api, "open_gguf", open_gguf)
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with headrace.load(path, "cuda", context=64):
+            assert gc.isenabled() is enabled
+        with pytest.raises(GGUFError):
+            headrace.load(other, "cuda")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_a_cpu_needs_no_context(path: Path) -> None:
