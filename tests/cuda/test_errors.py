@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_packages_that_are_missing_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     if missing == "cuda-core":
-        monkeypatch.setattr(compile.metadata, "version", _raise(PackageNotFoundError("cuda-core")))
+        monkeypatch.setattr(metadata, "version", _raise(PackageNotFoundError("cuda-core")))
     elif missing == "cuda.bindings":
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     else:

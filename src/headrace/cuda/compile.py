@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from headrace.errors import DeviceError
@@ -157,6 +156,8 @@ def compiler_version() -> str:
     ``cuda.core`` is not imported for it: that takes as long as to read every kernel of a model from
     the cache.
     """
+    from importlib import metadata
+
     try:
         with _IMPORTING:
             from cuda.bindings import nvrtc as library
