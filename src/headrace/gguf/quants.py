@@ -107,7 +107,7 @@ def check_finite(*tensors: Tensor) -> None:
         for rows in [max(1, _PART_BYTES // max(1, tensor.data.shape[1]))]
         for first in range(0, len(tensor.data), rows)
     ]
-    with ThreadPoolExecutor(os.cpu_count(), "headrace-check") as threads:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "headrace-check") as threads:
         for _ in threads.map(_check_rows, parts):  # in order, so the first fault is raised
             pass
 
