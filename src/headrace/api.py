@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from headrace import hub
-from headrace.devices import check_cache_type, choose_device, load_runner
+from headrace.devices import check_cache_type, choose_device, load_runner, opening
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.scheduler import pages_for
@@ -22,6 +23,7 @@ from headrace.gguf.reader import GGUFFile, open_gguf
 from headrace.model.decoder import Config
 from headrace.model.loader import load_decoder
 from headrace.sampling import Logits, LogitsMask, SamplingParams
+from headrace.stages import stage
 from headrace.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -105,39 +107,63 @@ def load(
     """
     device = choose_device(device, threads)
     check_cache_type(cache_type, device)
-    file = open_gguf(hub.resolve(name, progress))
-    try:
-        # The tokeniser takes as long to build as the rest of a small model: do both at once.
-        with ThreadPoolExecutor(1, "headrace-tokenizer") as thread:
+    path = hub.resolve(name, progress)
+    with _no_collections(), ExitStack() as meanwhile:
+        meanwhile.enter_context(opening(device))
+        # The tokeniser takes as long to build as the rest of a small model.
+        thread = meanwhile.enter_context(ThreadPoolExecutor(1, "headrace-tokenizer"))
+        with stage("header"):
+            file = open_gguf(path)
+        try:
             text = thread.submit(_load_text, file.metadata, chat)
-            runner = load_runner(
-                load_decoder(file), device, threads, max_sequences,
-                batch_invariant=batch_invariant, cache_type=cache_type,
-            )  # fmt: skip
+            with stage("decoder described and weights checked", file.n_bytes):
+                decoder = load_decoder(file)
+            with stage("runner"):
+                runner = load_runner(
+                    decoder, device, threads, max_sequences,
+                    batch_invariant=batch_invariant, cache_type=cache_type,
+                )  # fmt: skip
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)
-                engine = Engine(
-                    runner, tokenizer, context=context, n_pages=n_pages, max_sequences=max_sequences
-                )
+                with stage("cache"):
+                    engine = Engine(
+                        runner, tokenizer,
+                        context=context, n_pages=n_pages, max_sequences=max_sequences,
+                    )  # fmt: skip
             except BaseException:
                 runner.close()
                 raise
-    except BaseException:
-        file.close()
-        raise
+        except BaseException:
+            file.close()
+            raise
     return Model(file, engine, device, template)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """The merges of a vocabulary are some 200,000 tuples, none of them garbage: to look for some
+    as they are made takes 8 % of the time from the header to the encoder."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, ChatTemplate | None]:
     """The tokeniser, built; and the chat template, starting, if it is wanted and there is one."""
-    tokenizer = Tokenizer.from_metadata(metadata)
+    with stage("vocabulary"):
+        tokenizer = Tokenizer.from_metadata(metadata)
     template = None
     if chat:
         with suppress(TemplateError):  # asking for Model.chat_template raises it again
             template = _load_template(metadata, tokenizer)
             template.prepare()
-    tokenizer.prepare()
+    with stage("tokeniser's encoder"):
+        tokenizer.prepare()
     return tokenizer, template
 
 

@@ -31,7 +31,8 @@ def check_batch(batch: Batch, n_vocab: int, n_pages: int) -> None:
         low, last = _bounds(wanted)
         if low < 0 or last >= n_rows:
             raise DeviceError(f"step: logit_rows must be in 0 … {n_rows - 1}")
-    for slot in np.unique(batch.slots) if n_rows > 1 else batch.slots:
+    # Not np.unique, which imports numpy.ma at its first call: the first token would wait for it.
+    for slot in sorted(set(batch.slots.tolist())) if n_rows > 1 else batch.slots:
         if n_rows > 1:
             high = int(batch.positions[batch.slots == slot].max())
         used = batch.page_table[slot, : high // PAGE_SIZE + 1]

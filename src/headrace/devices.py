@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from headrace.backend import CACHED_BYTES, Runner
 from headrace.errors import DeviceError, RequestError
 from headrace.model.decoder import Decoder
+from headrace.stages import stage
+
+if TYPE_CHECKING:
+    from headrace.cuda.gpu import CUDAContext
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,31 @@ def check_cache_type(cache_type: str, device: str) -> None:
         )
 
 
+@contextmanager
+def opening(device: str) -> Iterator[None]:
+    """Begin to open ``device``, so that :func:`load_runner` need not wait as long for it.
+
+    Nothing is raised here if that fails: whoever needs the device will be told why.
+    """
+    if device != "cuda":
+        yield
+        return
+    with ThreadPoolExecutor(1, "headrace-device") as thread:
+        context = thread.submit(_make_context)
+        try:
+            yield
+        finally:  # a runner that was loaded keeps it
+            if context.exception() is None:
+                context.result().close()
+
+
+def _make_context() -> CUDAContext:
+    with stage("context"):
+        from headrace.cuda.gpu import CUDAContext
+
+        return CUDAContext()
+
+
 def load_runner(
     decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1,
     *, batch_invariant: bool = False, cache_type: str = "f16",
@@ -75,10 +107,12 @@ def load_runner(
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        from headrace.cuda.gpu import CUDADevice
-        from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
+        with stage("backend imported"):
+            from headrace.cuda.gpu import CUDADevice
+            from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 
-        gpu: Any = CUDADevice()
+        with stage("device opened, its context waited for"):
+            gpu: Any = CUDADevice()
         rows = max(MAX_ROWS, max_sequences)
         options = best_options(gpu, batch_invariant=batch_invariant)
         return CUDARunner(decoder, gpu, max_rows=rows, cache_type=cache_type, **options)

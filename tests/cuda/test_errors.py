@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import batches
@@ -10,6 +16,7 @@ import numpy as np
 import pytest
 
 from headrace.cuda import arguments as c
+from headrace.cuda import compile
 from headrace.cuda.compile import Specialisation, host_library
 from headrace.cuda.device import Launch
 from headrace.cuda.host import HostDevice
@@ -115,3 +122,37 @@ def test_a_launch_with_the_wrong_struct_is_refused() -> None:
 def test_kernels_that_do_not_compile_show_the_compilers_words() -> None:
     with pytest.raises(DeviceError, match="NO_SUCH_THING"):
         host_library(Specialisation.of("read", {"WARPS": "NO_SUCH_THING"}), 90)
+
+
+def test_the_compiler_is_named_without_being_imported() -> None:
+    code = (
+        "import sys; from headrace.cuda.compile import compiler_version as v; print(v());"
+        "assert 'cuda.core' not in sys.modules; import cuda.core; print(cuda.core.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, core = done.stdout.splitlines()
+    assert re.fullmatch(rf"\(\d+, \d+\) cuda-core {re.escape(core)}", version)
+
+
+@pytest.mark.parametrize("missing", ["cuda-core", "cuda.bindings", "libnvrtc"])
+def test_packages_that_are_missing_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    if missing == "cuda-core":
+        monkeypatch.setattr(metadata, "version", _raise(PackageNotFoundError("cuda-core")))
+    elif missing == "cuda.bindings":
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    else:
+        from cuda.bindings import nvrtc
+
+        monkeypatch.setattr(nvrtc, "nvrtcVersion", _raise(RuntimeError("no libnvrtc.so.13")))
+    compile.compiler_version.cache_clear()
+    with pytest.raises(DeviceError, match=r"pip install 'headrace\[cuda\]'"):
+        compile.compiler_version()
+
+
+def _raise(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call

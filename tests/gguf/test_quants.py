@@ -8,6 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf import quants as oracle
 from headrace.errors import GGUFError
+from headrace.gguf import quants
 from headrace.gguf.quants import BLOCK_DTYPES, check_finite, dequantize
 from headrace.gguf.types import QuantType, Tensor
 
@@ -69,3 +70,26 @@ def test_every_float_field_is_checked(qtype: QuantType, value: float) -> None:
         with pytest.raises(GGUFError, match=r"'w' .* row 3"):
             check_finite(Tensor("w", qtype, (5, 3 * qtype.block_size), data))
         field[3, 2] = kept
+
+
+@pytest.mark.parametrize("qtype", [QuantType.Q4_K, QuantType.F32], ids=lambda q: q.name)
+def test_of_many_faults_the_first_is_named(
+    monkeypatch: pytest.MonkeyPatch, qtype: QuantType
+) -> None:
+    """However the rows are shared out, and whichever thread is done first."""
+    data = random_rows(qtype, 400, 3, seed=2)
+    field = data.view("<f4") if qtype is QuantType.F32 else data.view(BLOCK_DTYPES[qtype])["dmin"]
+    tensors = [
+        Tensor(name, qtype, (400, 3 * qtype.block_size), rows)
+        for name, rows in (("fine", data.copy()), ("b", data), ("a", data))
+    ]
+    for part_bytes in (1, 7 * data.shape[1], 1 << 20):
+        monkeypatch.setattr(quants, "_PART_BYTES", part_bytes)
+        field[...] = 0
+        for row in (399, 301, 41):
+            field[row, 1] = np.nan
+            if qtype is QuantType.Q4_K:  # and in the field that is looked at first, one row on
+                scales = data.view(BLOCK_DTYPES[qtype])["d"]
+                scales[:] = np.where(np.arange(400) == row + 1, np.inf, 1)[:, None]
+            with pytest.raises(GGUFError, match=rf"tensor 'b' .* in row {row};"):
+                check_finite(*tensors)

@@ -24,6 +24,9 @@ from headrace.errors import DeviceError
 
 KERNELS = Path(__file__).parent / "kernels"
 
+_IMPORTING = threading.Lock()
+"""Threads that import the compiler at once see half of it."""
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -108,9 +111,11 @@ def _cached(key_parts: Iterable[object], suffix: str, build: Callable[[], bytes]
 def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, str]:
     """Compile for ``arch`` ("75" … "90a", "120") with NVRTC, which needs no GPU: machine code, and
     the compiler's log."""
-    compiler_version()
-    from cuda.core import Program, ProgramOptions
-
+    try:
+        with _IMPORTING:
+            from cuda.core import Program, ProgramOptions
+    except ImportError as cause:
+        raise _not_installed() from cause
     number = int("".join(c for c in arch if c.isdigit()))
     options = ProgramOptions(
         std="c++17",
@@ -144,20 +149,29 @@ def resources(spec: Specialisation, arch: str) -> Resources:
     )
 
 
-_IMPORTING = threading.Lock()
-
-
+@cache
 def compiler_version() -> str:
-    """NVRTC's and cuda-core's. DeviceError without the Python packages."""
+    """NVRTC's and cuda-core's. DeviceError without the Python packages.
+
+    ``cuda.core`` is not imported for it: that takes as long as to read every kernel of a model from
+    the cache.
+    """
+    from importlib import metadata
+
     try:
-        with _IMPORTING:  # threads that import the compiler at once see half of it
-            import cuda.core
+        with _IMPORTING:
             from cuda.bindings import nvrtc as library
-    except ImportError as cause:
-        raise DeviceError(
-            "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
-        ) from cause
-    return f"{library.nvrtcVersion()[1:]} cuda-core {cuda.core.__version__}"
+
+            compiler = library.nvrtcVersion()[1:]
+        return f"{compiler} cuda-core {metadata.version('cuda-core')}"
+    except (ImportError, RuntimeError) as cause:  # RuntimeError: there is no library to bind to
+        raise _not_installed() from cause
+
+
+def _not_installed() -> DeviceError:
+    return DeviceError(
+        "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
+    )
 
 
 def cubin(spec: Specialisation, arch: str) -> bytes:

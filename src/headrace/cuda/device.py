@@ -63,6 +63,19 @@ class Graph(Protocol):
     def close(self) -> None: ...
 
 
+class Event(Protocol):
+    """A point in what the device has to do."""
+
+    def record(self) -> None:
+        """Put it after all that is queued now."""
+
+    def wait(self) -> None:
+        """Until the device is past it; not at all if it was never recorded. DeviceError if what
+        was queued before it failed."""
+
+    def close(self) -> None: ...
+
+
 class Device(Protocol):
     counters: Counters
     arch: int
@@ -86,6 +99,12 @@ class Device(Protocol):
 
     def upload(self, address: int, data: NDArray[Any]) -> None:
         """Copy to the device, in stream order; ``data`` may be reused on return."""
+
+    def upload_pinned(self, address: int, pinned: NDArray[np.uint8]) -> None:
+        """The same from memory of :meth:`allocate_pinned`, while the host goes on: it must stay as
+        it is until an event recorded afterwards has been waited for."""
+
+    def event(self) -> Event: ...
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
         """Copy to the host and wait for it."""

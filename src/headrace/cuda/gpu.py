@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.cuda.compile import Specialisation, compiler_version, cubins
-from headrace.cuda.device import Counters, DeviceArray, Graph, Launch
+from headrace.cuda.device import Counters, DeviceArray, Event, Graph, Launch
 from headrace.errors import DeviceError, DeviceMemoryError
+from headrace.stages import stage
 
 _INSTALL = "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
 _OLDEST = 75
@@ -76,6 +78,32 @@ def _name(driver: Any, handle: Any) -> str:
     return name.split(b"\0")[0].decode()
 
 
+class CUDAContext:
+    """The context of GPU ``index``, made unless it is there; it stays at least until :meth:`close`.
+
+    A :class:`CUDADevice` needs one and keeps it too. To make it takes the driver tenths of a
+    second, without the GIL: whoever has other things to do makes it in a thread. Raises
+    DeviceError.
+    """
+
+    _making = threading.Lock()  # the bindings find the driver's functions at the first call of one
+
+    def __init__(self, index: int = 0) -> None:
+        self.driver = driver = _driver()
+        with CUDAContext._making:
+            count = device_count()
+            if index >= count:
+                raise DeviceError(
+                    f"CUDA device {index} was asked for, and {count} are usable: check "
+                    "`nvidia-smi` and the driver, or use --device cpu"
+                )
+            self.device = _check(driver.cuDeviceGet(index), "device")
+            self.handle = _check(driver.cuDevicePrimaryCtxRetain(self.device), "context")
+
+    def close(self) -> None:
+        _check(self.driver.cuDevicePrimaryCtxRelease(self.device), "context")
+
+
 class CUDAGraph:
     def __init__(self, device: CUDADevice, executable: Any) -> None:
         self._device, self._executable = device, executable
@@ -91,30 +119,56 @@ class CUDAGraph:
             self._executable = None
 
 
+class CUDAEvent:
+    def __init__(self, device: CUDADevice) -> None:
+        self._device = device
+        kinds = device.driver.CUevent_flags
+        # The thread that waits sleeps: others need the core.
+        flags = kinds.CU_EVENT_DISABLE_TIMING.value | kinds.CU_EVENT_BLOCKING_SYNC.value
+        self._event = _check(device.driver.cuEventCreate(flags), "event")
+
+    def record(self) -> None:
+        _check(self._device.driver.cuEventRecord(self._event, self._device.stream), "event")
+
+    def wait(self) -> None:
+        _check(self._device.driver.cuEventSynchronize(self._event), "waiting for a copy")
+
+    def close(self) -> None:
+        _check(self._device.driver.cuEventDestroy(self._event), "event")
+
+
 class CUDADevice:
     """GPU ``index`` of those CUDA_VISIBLE_DEVICES shows."""
 
     def __init__(self, index: int = 0) -> None:
-        self.driver = driver = _driver()
-        count = device_count()
-        if index >= count:
-            raise DeviceError(
-                f"CUDA device {index} was asked for, and {count} are usable: check `nvidia-smi` "
-                "and the driver, or use --device cpu"
-            )
-        handle = _check(driver.cuDeviceGet(index), "device")
-        self._pid = os.getpid()
-        self._handle = handle
-        attribute = driver.CUdevice_attribute
+        self._context: CUDAContext | None
+        self._context = context = CUDAContext(index)
+        self.driver = driver = context.driver
+        try:
+            self._look_up(context.device)
+            _check(driver.cuCtxSetCurrent(context.handle), "context")
+            # 1: apart from the default stream
+            self.stream = _check(driver.cuStreamCreate(1), "stream")
+        except BaseException:
+            context.close()
+            raise
+        self.counters = Counters()
+        self._functions: dict[Specialisation, Any] = {}
+        self._modules: list[Any] = []
+        self._prepared: dict[int, tuple[Launch, Any, Any, list[Any]]] = {}
+        self._pinned: dict[int, int] = {}
+
+    def _look_up(self, device: Any) -> None:
+        driver = self.driver
 
         def get(name: str) -> int:
-            key = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            return int(_check(driver.cuDeviceGetAttribute(key, handle), name))
+            key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return int(_check(driver.cuDeviceGetAttribute(key, device), name))
 
         self.arch = 10 * get("COMPUTE_CAPABILITY_MAJOR") + get("COMPUTE_CAPABILITY_MINOR")
         self.sm_count = get("MULTIPROCESSOR_COUNT")
         self.shared_limit = get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        self._name = _name(driver, handle)
+        self._name = _name(driver, device)
         if self.arch < _OLDEST:
             raise DeviceError(
                 f"{self._name} has compute capability {self.arch / 10}, and the kernels need "
@@ -122,14 +176,6 @@ class CUDADevice:
             )
         # NVRTC's name of the architecture; Hopper's own instructions need the suffix.
         self.target = "90a" if self.arch == 90 else str(self.arch)
-        self.counters = Counters()
-        self._context = _check(driver.cuDevicePrimaryCtxRetain(handle), "context")
-        _check(driver.cuCtxSetCurrent(self._context), "context")
-        self.stream = _check(driver.cuStreamCreate(1), "stream")  # 1: apart from the default stream
-        self._functions: dict[Specialisation, Any] = {}
-        self._modules: list[Any] = []
-        self._prepared: dict[int, tuple[Launch, Any, Any, list[Any]]] = {}
-        self._pinned: dict[int, int] = {}
 
     @property
     def name(self) -> str:
@@ -171,6 +217,16 @@ class CUDADevice:
             f"copying {flat.nbytes:,} bytes to the device",
         )
 
+    def upload_pinned(self, address: int, pinned: NDArray[np.uint8]) -> None:
+        self.counters.bytes_to_device += pinned.nbytes
+        _check(
+            self.driver.cuMemcpyHtoDAsync(address, pinned.ctypes.data, pinned.nbytes, self.stream),
+            f"copying {pinned.nbytes:,} bytes to the device",
+        )
+
+    def event(self) -> Event:
+        return CUDAEvent(self)
+
     def download(self, array: DeviceArray) -> NDArray[Any]:
         out = np.empty(array.shape, array.dtype)
         self.counters.bytes_to_host += out.nbytes
@@ -195,6 +251,11 @@ class CUDADevice:
 
     def prepare(self, specs: Iterable[Specialisation]) -> None:
         missing = [spec for spec in dict.fromkeys(specs) if spec not in self._functions]
+        if missing:
+            with stage(f"{len(missing)} kernels"):
+                self._load(missing)
+
+    def _load(self, missing: list[Specialisation]) -> None:
         driver = self.driver
         for spec, code in cubins(missing, self.target).items():
             module = _check(driver.cuModuleLoadData(code), f"loading {spec.name}")
@@ -282,5 +343,5 @@ class CUDADevice:
             _check(self.driver.cuModuleUnload(module), "unload")
         self._modules, self._functions = [], {}
         _check(self.driver.cuStreamDestroy(self.stream), "stream")
-        _check(self.driver.cuDevicePrimaryCtxRelease(self._handle), "context")
+        self._context.close()
         self._context = None

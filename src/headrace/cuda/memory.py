@@ -11,7 +11,7 @@ from headrace.cuda.launchers import SampleShape
 from headrace.cuda.lowering import Lowering
 from headrace.cuda.products import Tuning
 from headrace.cuda.runner import MAX_ROWS, best_options
-from headrace.cuda.weights import STAGING_BYTES, WeightIndex
+from headrace.cuda.weights import WeightIndex
 from headrace.model.decoder import Decoder
 
 
@@ -41,5 +41,5 @@ def plan(
         (f"activations and workspace of {lowering.most_rows} rows", lowering.arena.n_bytes),
         (f"KV cache of {n_pages:,} pages", kv.n_bytes),
         (f"sampling of {max_rows} rows", sampler.n_bytes),
-        ("staging, while loading", STAGING_BYTES),
+        ("staging, while loading", weights.staging_bytes),
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from headrace.cuda.device import Device
 from headrace.cuda.launchers import reorder
 from headrace.cuda.layout import PADDED_ROWS, TileLayout, rotary_rows
 from headrace.cuda.products import Matrix
+from headrace.cuda.upload import SLOT_BYTES, Piece, Progress, upload
 from headrace.errors import ModelError
 from headrace.gguf.quants import dequantize
 from headrace.gguf.types import Tensor
@@ -29,9 +32,7 @@ from headrace.model.operations import (
     ProjectQKV,
     Rope,
 )
-
-STAGING_BYTES = 64 << 20
-Progress = Callable[[int], None]
+from headrace.stages import stage
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,9 @@ class WeightIndex:
     def load(self, device: Device, progress: Progress | None = None) -> None:
         """Copy and reorder everything; ``progress`` is told the bytes of each piece."""
         self._arena.allocate(device)
-        staging = device.allocate(STAGING_BYTES, "staging for weights")
-        try:
-            for (name, order), layout in self._layouts.items():
-                target = self._arena[_key("matrix", name, order)].address
-                for n_bytes in _upload_tiles(
-                    device, self._tensor(name), layout, order, staging, target
-                ):
-                    if progress:
-                        progress(n_bytes)
-            device.synchronise()
-        finally:
-            device.free(staging)
+        n_bytes = sum(self._tensor(name).data.nbytes for name, _ in self._layouts)
+        with stage("matrices on the device", n_bytes):
+            upload(device, self._pieces(), self.staging_bytes, progress)
         for name, order in self._vectors:
             tensor = self._tensor(name)
             values = order.apply(
@@ -133,6 +125,24 @@ class WeightIndex:
             device.upload(self._arena[_key("vector", name, order)].address, values)
         for i, rope in enumerate(self._ropes):
             device.upload(self._arena[f"rope {i}"].address, self._turns(rope))
+
+    @property
+    def staging_bytes(self) -> int:
+        """What :meth:`load` takes on the device besides, meanwhile."""
+        tensors = [(self._tensor(name), order) for name, order in self._layouts]
+        return max(_piece_rows(tensor, order) * _row_bytes(tensor) for tensor, order in tensors)
+
+    def _pieces(self) -> Iterator[Piece]:
+        for (name, order), layout in self._layouts.items():
+            tensor, target = self._tensor(name), self._arena[_key("matrix", name, order)].address
+            rows = _piece_rows(tensor, order)
+            for first in range(0, layout.n, rows):
+                data = tensor.data[first : first + rows]
+                kernel = partial(
+                    reorder, layout, target=target, first_row=first, rows=len(data),
+                    head_dim=order.head_dim, rope_dim=order.rope_dim,
+                )  # fmt: skip
+                yield Piece(data, kernel)
 
     def _turns(self, rope: Rope) -> NDArray[np.float64]:
         """Turns per position of each rotary pair: inv_freq / 2π (see operations.Rope)."""
@@ -209,18 +219,11 @@ def _norms(operation: object) -> Iterator[tuple[Norm, RowOrder]]:
             yield norm, FILE_ORDER
 
 
-def _upload_tiles(
-    device: Device, tensor: Tensor, layout: TileLayout, order: RowOrder, staging: int, target: int
-) -> Iterator[int]:
-    unit = int(np.lcm(PADDED_ROWS, max(order.head_dim, 1)))
-    rows = max(unit, STAGING_BYTES // tensor.data.shape[1] // unit * unit)
-    for first in range(0, layout.n, rows):
-        piece = tensor.data[first : first + rows]
-        device.upload(staging, piece)
-        device.launch(
-            reorder(
-                layout, staging, target, first, len(piece),
-                head_dim=order.head_dim, rope_dim=order.rope_dim,
-            )
-        )  # fmt: skip
-        yield piece.size
+def _piece_rows(tensor: Tensor, order: RowOrder) -> int:
+    """Rows that are reordered together: whole tiles and heads, in a slot if it has room for one."""
+    unit = lcm(PADDED_ROWS, max(order.head_dim, 1))
+    return min(max(unit, SLOT_BYTES // _row_bytes(tensor) // unit * unit), tensor.n_rows)
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor.qtype.row_bytes(tensor.k)

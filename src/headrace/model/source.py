@@ -215,8 +215,7 @@ class Source:
                     f"tensor {name!r} has no role in a {self.architecture} model: "
                     "the answers could be wrong without it"
                 )
-        for tensor in self._weights.values():
-            check_finite(tensor)
+        check_finite(*(t for name, t in self._tensors.items() if name in self._claimed))
         return self._weights
 
 
