@@ -25,11 +25,12 @@ from device_memory import (
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.layout import FLOAT_TYPES, tile_block
-from headrace.cuda.products import Tuning, matvec
+from headrace.cuda.products import matvec
+from headrace.cuda.tuning import Tuning
 from headrace.gguf.types import QuantType
 
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
-SMALL = Tuning(warps=4, stages=2)
+SMALL = Tuning(matvec_warps=4, matvec_stages=2)
 
 
 def x_and_rounded(

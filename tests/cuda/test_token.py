@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from headrace.cuda.host import HostDevice
-from headrace.cuda.launchers import ATTEND_WARPS
 from headrace.cuda.runner import CUDARunner
 from headrace.cuda.token import AHEAD, WARPS, token_shape
+from headrace.cuda.tuning import DEFAULTS
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.synth import write_synthetic
@@ -71,7 +71,7 @@ def test_the_smallest_ring(decoder_of, length: int) -> None:
     device.shared_limit += 512
     shape = token_shape(decoder, device)
     assert shape is not None
-    assert shape.constants["STAGES"] == AHEAD + max(WARPS, 2 * ATTEND_WARPS - 2)
+    assert shape.constants["STAGES"] == AHEAD + max(WARPS, 2 * DEFAULTS.attend_warps - 2)
     got = tokens_after(device, decoder, length, one_kernel=True)
     np.testing.assert_array_equal(got, wanted)
 
