@@ -63,6 +63,8 @@ def skinny_shape(
         (device.shared_limit - n * (8 * 512 + 4)) // (n * _PITCH * 4 * both) for n in (8, MOST_ROWS)
     ]
     areas = min(16 if units * both <= 512 else 8, stripes, *(room for room in rooms if room > 0))
+    if areas < stripes:  # stripes that share an area are one warp's: its warps' number divides it
+        areas = 1 << (areas.bit_length() - 1)
     warps = tuning.skinny_warps if light else 8
     stripe_warps = min(warps, 1 << (areas - 1).bit_length())
     grid = min(device.sm_count, units)
