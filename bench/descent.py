@@ -15,7 +15,7 @@ from headrace.cuda.tuning import Tuning
 from headrace.errors import DeviceError
 
 WORSE = 0.005
-"""What a candidate may cost any figure, relative."""
+"""What a candidate may cost any figure, relative; and what all that were taken may cost it."""
 _SWEEPS = 3
 
 OUT_OF_TIME, NOTHING_ELSE = "out of time", "launches nothing else here"
@@ -111,12 +111,19 @@ class Search:
         return [name for name in names if name not in unfinished]
 
 
-def judge(measured: Sequence[Measured], control: Mapping[Figure, Measured]) -> str:
+def judge(
+    measured: Sequence[Measured], control: Mapping[Figure, Measured],
+    taken: Mapping[Figure, float],
+) -> str:  # fmt: skip
     """``better`` if some figure gains more than its spread and than the control differs, none
-    loses more than ``WORSE``, and they gain on the whole."""
-    worst = min(measured, key=lambda one: one.gain)
-    if worst.gain < -WORSE:
-        return f"worse: {worst.figure} {-worst.gain:.1%}"
+    loses more than ``WORSE``, and they gain on the whole. ``taken``: the time of each figure, of
+    the start's, after what was taken before: small losses must not add up."""
+    for one in sorted(measured, key=lambda one: one.gain):
+        if one.gain < -WORSE:
+            return f"worse: {one.figure} {-one.gain:.1%}"
+        whole = taken[one.figure] * (1 - one.gain)
+        if one.gain < 0 and whole > 1 + WORSE:
+            return f"worse: {one.figure} {whole - 1:.1%} in all"
     beyond = [one for one in measured if one.gain > max(one.spread, abs(control[one.figure].gain))]
     better = beyond and sum(one.gain for one in measured) > 0
     return "better" if better else "no better"
@@ -149,6 +156,7 @@ class _Descent:
         self.took: dict[Figure, float] = {}
         self.preparing = 0.0
         self.known: dict[tuple[Tuning, Tuning], Trial] = {}
+        self.taken: dict[Figure, float] = dict.fromkeys(figures, 1.0)
 
     def run(self, candidates: Mapping[str, Sequence[Any]]) -> Search:
         search = self.search
@@ -221,6 +229,8 @@ class _Descent:
         if better:
             best = max(better, key=lambda one: one.score)
             self.search.tuning = replace(now, **{name: best.value})
+            for one in best.measured:
+                self.taken[one.figure] *= 1 - one.gain
             self.say(f"{name}: {against} -> {best.value}")
 
     def _changed(self, now: Tuning, option: Tuning) -> list[Figure]:
@@ -250,7 +260,9 @@ class _Descent:
                 measured.append(self._between(now, option, figure))
             except DeviceError as cause:
                 return Trial(name, value, against, f"does not fit: {cause}", measured)
-        return Trial(name, value, against, judge(measured, self.search.control), measured)
+        return Trial(
+            name, value, against, judge(measured, self.search.control, self.taken), measured
+        )
 
     def _note(self, now: Tuning, option: Tuning, trial: Trial) -> None:
         self.known[now, option] = trial

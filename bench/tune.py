@@ -51,7 +51,7 @@ CANDIDATES: dict[str, Sequence[Any]] = {
     "few_last": (8, 12, 16),
     "skinny_warps": (8, 16),
     "skinny_ahead": (0, 16, 32, 48),
-    "gemm_fill": (1.0, 1.3, 1.6, 2.0),
+    "gemm_fill": (0.5, 1.3, 1.6, 2.0),
     "gemm_unpack": (32, 48, 64, 96),
     "tensor_rows": (4, 8, 16),
     "prompt_rows": (1024, 1536, 2048),  # more are not slower, but who generates waits for them

@@ -104,6 +104,22 @@ def test_three_matrices_of_three_types_with_norm_and_bias(any_device: Device) ->
     assert relative(any_device.download(y), wanted) < 2e-6
 
 
+def test_a_norm_of_more_rows_than_warps(device: Device) -> None:
+    """A warp sums the squares of one row."""
+    rng = np.random.default_rng(12)
+    n, k, rows, eps = 20, 256, 8, 1e-5
+    matrix, weights, _ = random_matrix(device, rng, QuantType.Q8_0, n, k)
+    x, seen = x_and_rounded(rng, rows, k, False)
+    inverse = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + eps)
+    y, a = poisoned(device, (rows, n)), upload_activations(device, x)
+    launch = matvec(
+        device, [matrix], a, c.Store(y.address), rows,
+        norm_eps=eps, macros=LOGITS, tuning=SMALL,
+    )  # fmt: skip
+    device.launch(launch)
+    assert relative(device.download(y), inverse * (seen @ weights.T)) < 2e-6
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 11])
 @pytest.mark.parametrize("qtype", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q8_0])
 def test_a_row_is_bit_equal_whoever_travels_with_it(

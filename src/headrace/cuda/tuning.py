@@ -108,7 +108,7 @@ def read_records(path: Path = TUNED) -> dict[str, Record]:
             )
             for name, one in json.loads(path.read_text()).items()
         }  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError, DeviceError) as cause:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, DeviceError) as cause:
         raise DeviceError(f"{path}: no records of tuning: {cause}") from cause
 
 
