@@ -118,7 +118,7 @@ CUTS = [
     *((n, 256, 40, None) for n in ALLOWED["attend_warps"]),
     *((8, n, 40, None) for n in ALLOWED["attend_split"] if n != DEFAULTS.attend_split),
     (2, 64, 40, 200),
-    (16, 64, 2, 200),
+    (12, 64, 2, 200),
     (2, 1024, 2, None),
 ]
 """Warps, positions of a split, multiprocessors (a row has no more splits), and window."""

@@ -28,17 +28,18 @@ class Tuning:
     has no room for what is asked for, a kernel takes the most that fits. What a constant changes
     besides the speed is said beside it: nothing, or how sums round."""
 
-    matvec_warps: int = _one_of(16, 4, 8, 12, 16, 24, 32)
-    """Warps of a block of ``matvec``: 4, 8, 12, 16, 24 or 32. Changes no bit."""
+    matvec_warps: int = _one_of(16, 4, 8, 12, 16, 24)
+    """Warps of a block of ``matvec``: 4, 8, 12, 16 or 24 (of 32, some spill
+    registers). Changes no bit."""
     matvec_stages: int = _one_of(2, 1, 2, 3, 4)
     """Tiles that each of its warps has under way: 1 to 4. Changes no bit."""
     matvec_exclusive: bool = _one_of(True, False, True)
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
     two, the kernels of a chain of programmatic launches get in each other's way. From sm_90 on.
     Changes no bit."""
-    attend_warps: int = _one_of(8, 2, 4, 8, 12, 16)
-    """Warps of a block of ``attend``, of 32 positions each at a time: 2, 4, 8, 12 or 16; an even
-    number, as two share a page. Changes the order of sums."""
+    attend_warps: int = _one_of(8, 2, 4, 8, 12)
+    """Warps of a block of ``attend``, of 32 positions each at a time: 2, 4, 8 or 12; an even
+    number, as two share a page (16 would spill registers). Changes the order of sums."""
     attend_split: int = _one_of(256, 64, 128, 256, 512, 1024)
     """Positions of a split of ``attend``, at least: 64, 128, 256, 512 or 1,024; whole pages.
     Changes the order of sums."""
