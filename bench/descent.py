@@ -105,9 +105,9 @@ class Search:
 
     @property
     def searched(self) -> list[str]:
-        """The constants all of whose candidates were judged."""
+        """The constants of which a candidate was timed, and none was left for want of time."""
         unfinished = {one.constant for one in self.trials if one.verdict == OUT_OF_TIME}
-        names = dict.fromkeys(one.constant for one in self.trials)
+        names = dict.fromkeys(one.constant for one in self.trials if one.measured)
         return [name for name in names if name not in unfinished]
 
 

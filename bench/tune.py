@@ -33,6 +33,7 @@ from gpu import (
 )
 
 from headrace.backend import PAGE_SIZE
+from headrace.cuda.compile import Specialisation
 from headrace.cuda.device import Device, Launch
 from headrace.cuda.gpu import CUDADevice
 from headrace.cuda.runner import CUDARunner, best_options
@@ -73,6 +74,7 @@ class DeviceBench:
         self._n_pages = deepest // PAGE_SIZE + 8
         self._weights: dict[str, WeightIndex] = {}
         self._runners: dict[tuple[str, Tuning, bool], CUDARunner] = {}
+        self._specs: dict[Specialisation, Specialisation] = {}
         self._launches: dict[tuple[Tuning, Figure], tuple[Hashable, ...]] = {}
         for name, decoder in decoders.items():
             index = WeightIndex(decoder)
@@ -82,8 +84,11 @@ class DeviceBench:
     def plan(self, tuning: Tuning, figure: Figure) -> Hashable:
         key = tuning, figure
         if key not in self._launches:
-            made = launches_of(self._runner(figure.model, tuning), figure)
-            self._launches[key] = tuple((x.spec, x.grid, x.threads, x.shared_bytes) for x in made)
+            intern = self._specs.setdefault  # most are the same in all plans
+            self._launches[key] = tuple(
+                (intern(x.spec, x.spec), x.grid, x.threads, x.shared_bytes)
+                for x in launches_of(self._runner(figure.model, tuning), figure)
+            )
         return self._launches[key]
 
     def prepare(self, work: Sequence[tuple[Tuning, Figure]]) -> None:

@@ -245,7 +245,7 @@ def test_the_bench_on_a_device(
 
     candidates = {"attend_split": (128, 256), "tensor_rows": (4, 8)}
     found = tune.descend(bench, DEFAULTS, candidates, figures, seconds=600, say=lambda _: None)
-    assert found.searched == list(candidates)
+    assert found.searched == ["attend_split"]
     assert verdicts(found)["tensor_rows", 4] == "launches nothing else here"
     (trial,) = [one for one in found.trials if (one.constant, one.against) == ("attend_split", 256)]
     assert [one.figure for one in trial.measured] == figures[:3]
@@ -264,7 +264,7 @@ def test_the_bench_on_a_device(
     records = read_records(target)
     assert records["Abacus"].tuning == found.tuning
     assert records["Abacus"].date == "2026-01-02"
-    assert records["Abacus"].searched == ("attend_split", "tensor_rows")
+    assert records["Abacus"].searched == ("attend_split",)
     assert "NVIDIA H100 80GB HBM3" in records
 
     closed: list[int] = []

@@ -89,8 +89,8 @@ DEFAULTS = Tuning()
 
 @dataclass(frozen=True)
 class Record:
-    """What was found for a GPU, and where it comes from. ``searched``: the constants that
-    ``command`` measured to their end; the others are as they were before it."""
+    """What was found for a GPU, and where it comes from. ``searched``: the constants whose
+    candidates ``command`` measured to their end; the others are as they were before it."""
 
     tuning: Tuning
     date: str
