@@ -266,6 +266,7 @@ def test_a_model_takes_the_constants_of_its_executor(decoder: Decoder) -> None:
     assert values("skinny", "WARPS") == {"8"}
     assert values("skinny", "AHEAD") == {"4"}
     assert values("gemm", "SPLITS") == {"1"}  # two of d_ff's by default
+    assert lowering.arena["split sums"].shape == (0,)  # so no room for their sums
     runner.close()
 
 
