@@ -145,6 +145,19 @@ def test_any_warps_and_splits(
     np.testing.assert_array_equal(alone[0], few[0][:1])
 
 
+def test_the_kernel_cuts_as_it_is_told() -> None:
+    """Each way rounds otherwise: the constants arrive."""
+    results = [
+        run(
+            HostDevice(sm_count=40), CacheShape(4, 1, 64), [(0, 1279)], [1280],
+            tuning=Tuning(attend_warps=warps, attend_split=split),
+        )[0]
+        for warps, split in ((8, 256), (4, 256), (8, 64), (8, 128), (8, 512), (12, 512), (8, 1024))
+    ]  # fmt: skip
+    for i, one in enumerate(results):
+        assert not any(np.array_equal(one, other) for other in results[:i]), i
+
+
 def test_the_order_of_threads_does_not_matter() -> None:
     results = [
         run(HostDevice(seed=seed), CacheShape(4, 1, 64), [(0, 300)], [301])[0] for seed in (3, 77)

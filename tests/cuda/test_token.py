@@ -68,6 +68,12 @@ def test_with_other_warps_and_splits_of_attention(
         decoder_of("llama-tiny", "Q4_K_M"),
         Tuning(attend_warps=warps, attend_split=split),
     )
+    runner = CUDARunner(decoder, HostDevice(), one_kernel=True, tuning=tuning)
+    shape = runner.executor.lowering.token
+    assert shape is not None
+    assert shape.constants["ATTEND_WARPS"] == warps
+    assert shape.constants["SPLIT"] == split
+    runner.close()
     wanted = tokens_after(HostDevice(sm_count=2), decoder, length, tuning=tuning)
     device = HostDevice(sm_count=2, seed=9)
     got = tokens_after(device, decoder, length, one_kernel=True, tuning=tuning)
@@ -109,7 +115,10 @@ def test_where_it_cannot_be(decoder_of, shape: str, recipe: str, arch: int) -> N
     assert token_shape(decoder_of(shape, recipe), HostDevice(arch)) is None
 
 
-def test_attention_of_more_warps_than_it_has_is_left_to_launches(decoder_of) -> None:
+def test_attention_of_more_warps_than_it_has_is_left_to_launches(
+    decoder_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder = decoder_of("llama-tiny", "Q4_K_M")
+    monkeypatch.setattr("headrace.cuda.token.AHEAD", 1)  # the ring would suffice
     assert token_shape(decoder, HostDevice(), Tuning(attend_warps=12)) is None
     assert token_shape(decoder, HostDevice(), Tuning(attend_warps=8)) is not None

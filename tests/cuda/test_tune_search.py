@@ -132,6 +132,20 @@ def test_differences_within_the_noise_change_nothing(descent: ModuleType, drift:
     assert steady.tuning != DEFAULTS
 
 
+def test_the_spread_is_of_the_worse_of_both(descent: ModuleType) -> None:
+    figure, steady = descent.Figure("m", "decode", 0), [96.0] * 10
+    moved = descent.Measured(figure, [100.0] * 10, steady, [104.0] * 10)
+    assert (moved.baseline, moved.spread) == (102, 4 / 102)  # what drifted meanwhile
+    wide = descent.Measured(figure, [100.0] * 10, [90.0, 98.0, 98.0, 106.0], [100.0] * 10)
+    assert (wide.gain, wide.spread) == (pytest.approx(0.02), pytest.approx(0.04))
+    judged = descent.judge([moved], {figure: moved}, {figure: 1.0})
+    assert judged == "no better"
+    control = descent.Measured(figure, [100.0] * 10, [100.0] * 10, [100.0] * 10)
+    assert descent.judge([wide], {figure: control}, {figure: 1.0}) == "no better"
+    sharp = descent.Measured(figure, [100.0] * 10, [98.0] * 10, [100.0] * 10)
+    assert descent.judge([sharp], {figure: control}, {figure: 1.0}) == "better"
+
+
 def test_the_same_built_twice_must_differ_less(descent: ModuleType) -> None:
     """What another place in memory does is no merit of a candidate."""
 
