@@ -1,5 +1,5 @@
 # Chores by one word. Run them in a virtual environment: pip install -e '.[dev]'
-.PHONY: test lint format types bench compare figures profile gpu ci clean
+.PHONY: test lint format types bench compare figures profile gpu tune ci clean
 
 test:
 	pytest
@@ -51,6 +51,11 @@ gpu: llama-1b-Q4_K_M.gguf llama-8b-Q4_K_M.gguf
 	headrace bench llama-8b-Q4_K_M.gguf --device cuda
 	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256 --batch-invariant
 	python bench/serving.py llama-8b-Q4_K_M.gguf --device cuda --tokens 256
+
+# The constants of the kernels for this GPU, into the package's tuned.json.
+tune:
+	mkdir -p $(GPU)
+	python bench/tune.py --json $(GPU)/tune.json --update
 
 llama-%-Q4_K_M.gguf:
 	headrace synth llama-$* Q4_K_M -o $@

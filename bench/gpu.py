@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ import numpy as np
 
 from headrace.backend import CACHED_BYTES, PAGE_SIZE, Batch, DecodeRow
 from headrace.cuda import launchers
-from headrace.cuda.device import Device, Launch
+from headrace.cuda.device import Device, Graph, Launch
 from headrace.cuda.gpu import CUDADevice
-from headrace.cuda.products import Tuning
-from headrace.cuda.runner import MAX_ROWS, PROMPT_ROWS, CUDARunner, best_options
+from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 from headrace.cuda.steps import Step
+from headrace.cuda.tuning import ALLOWED, DEFAULTS, tuning_for
 from headrace.gguf.reader import open_gguf
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
@@ -49,7 +50,7 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def timed(device: Device, work: Callable[[], None], inner: int = 1) -> dict[str, float]:
+def samples_of(device: Device, work: Callable[[], None], inner: int = 1) -> list[float]:
     """Microseconds of one ``work``, by device events around ``inner`` of them."""
 
     def many() -> None:
@@ -58,7 +59,11 @@ def timed(device: Device, work: Callable[[], None], inner: int = 1) -> dict[str,
 
     for _ in range(2):
         many()
-    return summary([device.elapsed(many) * 1e6 / inner for _ in range(REPEATS)])
+    return [device.elapsed(many) * 1e6 / inner for _ in range(REPEATS)]
+
+
+def timed(device: Device, work: Callable[[], None], inner: int = 1) -> dict[str, float]:
+    return summary(samples_of(device, work, inner))
 
 
 def read_ceiling(device: Device, n_bytes: int = 4 << 30) -> dict[str, float]:
@@ -166,8 +171,8 @@ def breakdown(runner: CUDARunner, first: int, n: int = 1) -> list[dict[str, Any]
 MODES: dict[str, dict[str, Any] | None] = {
     "default": None,
     "dots": {},
-    "tensor": {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS},
-    "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": PROMPT_ROWS},
+    "tensor": {"tensor_rows": 1, "prompt_rows": DEFAULTS.prompt_rows},
+    "one-kernel": {"tensor_rows": 8, "one_kernel": True, "prompt_rows": DEFAULTS.prompt_rows},
 }
 """Options of the runner: the best for the device; integer dots alone; tensor cores alone; and what
 is not on by default (docs/decisions/017)."""
@@ -180,9 +185,8 @@ SAMPLINGS = {
 }
 
 
-def decode(runner: CUDARunner, depth: int, count: int = 32, how: str = "greedy") -> dict[str, Any]:
-    """Decode after ``depth`` positions (whatever they hold): by events, and as the host sees it."""
-    device = runner.executor.device
+def decoding(runner: CUDARunner, depth: int, count: int, how: str = "greedy") -> Callable[[], None]:
+    """A burst of ``count`` tokens after ``depth`` positions (whatever they hold)."""
     pages = list(range(-(-(depth + count + 64) // PAGE_SIZE)))
     row = DecodeRow([1] * (depth + 1), pages, 1, SAMPLINGS[how], 0)
 
@@ -190,6 +194,12 @@ def decode(runner: CUDARunner, depth: int, count: int = 32, how: str = "greedy")
         for _ in runner.decode([row], count):
             pass
 
+    return run
+
+
+def decode(runner: CUDARunner, depth: int, count: int = 32, how: str = "greedy") -> dict[str, Any]:
+    """Decode after ``depth`` positions: by events, and as the host sees it."""
+    device, run = runner.executor.device, decoding(runner, depth, count, how)
     run()  # captures
     samples = [device.elapsed(run) * 1e6 / count for _ in range(REPEATS)]
     counters = device.counters
@@ -206,41 +216,60 @@ def decode(runner: CUDARunner, depth: int, count: int = 32, how: str = "greedy")
             "graph_launches_per_token": (counters.graph_launches - before[1]) / tokens}  # fmt: skip
 
 
+def row_step(n: int) -> Step:
+    return Step(n, PAGE_SIZE, ((0, n),))
+
+
+def row_graph(runner: CUDARunner, n: int) -> Graph:
+    """A step of ``n`` rows, each the first token of a sequence of its own. Its rows are the
+    runner's until others are brought."""
+    device = runner.executor.device
+    zeros, ones = np.zeros(n, np.int32), np.ones(n, np.int32)
+    table = np.arange(n, dtype=np.int32)[:, None]
+    runner.executor.bring(Batch(ones, zeros, np.arange(n, dtype=np.int32), table, zeros[:1]))
+    launches = runner.executor.lowering.launches(row_step(n))
+    device.prepare(launch.spec for launch in launches)
+
+    def record() -> None:
+        for launch in launches:
+            device.launch(launch)
+
+    return device.capture(record)
+
+
 def row_curve(runner: CUDARunner, counts: list[int]) -> list[dict[str, Any]]:
-    """A step of many rows, each the first token of a sequence of its own, as a graph."""
     device, curve = runner.executor.device, []
     for n in counts:
-        zeros, ones = np.zeros(n, np.int32), np.ones(n, np.int32)
-        table = np.arange(n, dtype=np.int32)[:, None]
-        runner.step(Batch(ones, zeros, np.arange(n, dtype=np.int32), table, zeros[:1]))  # uploads
-        launches = runner.executor.lowering.launches(Step(n, 64, ((0, n),)))
-        device.prepare(launch.spec for launch in launches)
-
-        def record(batch: list[Launch] = launches) -> None:
-            for launch in batch:
-                device.launch(launch)
-
-        graph = device.capture(record)
+        graph = row_graph(runner, n)
         times = timed(device, graph.launch)
         graph.close()
         curve.append({"rows": n, "tok_per_s": n * 1e6 / times["median"], "us": times})
     return curve
 
 
-def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
-    """A prompt of one sequence through ``step``, as the host sees it, logits of the last row."""
+def prompt(runner: CUDARunner, n_tokens: int) -> Callable[[], object]:
+    """A prompt of one sequence through ``step``, logits of the last row."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, runner.decoder.config.n_vocab, n_tokens, dtype=np.int32)
     positions = np.arange(n_tokens, dtype=np.int32)
     table = np.arange(-(-n_tokens // PAGE_SIZE), dtype=np.int32)[None]
     batch = Batch(tokens, positions, np.zeros_like(positions), table, positions[-1:])
-    runner.step(batch)
+    return lambda: runner.step(batch)
+
+
+def host_samples(work: Callable[[], object]) -> list[float]:
+    """Microseconds of ``work`` as the host sees it."""
+    work()
     samples = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        runner.step(batch)
+        work()
         samples.append((time.perf_counter() - start) * 1e6)
-    times = summary(samples)
+    return samples
+
+
+def prefill(runner: CUDARunner, n_tokens: int) -> dict[str, Any]:
+    times = summary(host_samples(prompt(runner, n_tokens)))
     return {"tokens": n_tokens, "tok_per_s": n_tokens * 1e6 / times["median"], "us": times}
 
 
@@ -250,9 +279,10 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     start = time.perf_counter()
     gpu = CUDADevice()
-    how = best_options(gpu) if MODES[mode] is None else MODES[mode]
+    tuning = replace(tuning_for(gpu), **dict(options.tuning))
+    how = best_options(gpu, tuning=tuning) if MODES[mode] is None else MODES[mode]
     runner = CUDARunner(
-        decoder, gpu, max_rows=max(MAX_ROWS, *options.rows), tuning=Tuning(*options.tuning),
+        decoder, gpu, max_rows=max(MAX_ROWS, *options.rows), tuning=tuning,
         cache_type=cache_type, **how,
     )  # fmt: skip
     load = time.perf_counter() - start
@@ -289,7 +319,7 @@ def measure(
         "products": mode,
         "cache_type": cache_type,
         "recipe": options.recipe,
-        "tuning": options.tuning,
+        "tuning": asdict(tuning),
         "weight_bytes": total,
         "load_s": load,
         "decode": decodes,
@@ -298,6 +328,17 @@ def measure(
         "prefill": prompts,
         "prompt_breakdown": of_prompt,
     }
+
+
+def constant(text: str) -> tuple[str, Any]:
+    """``matvec_warps=8`` as (name, value)."""
+    name, _, value = text.partition("=")
+    if name not in ALLOWED:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ALLOWED)}")
+    for one in ALLOWED[name]:
+        if str(one).lower() == value.lower():
+            return name, one
+    raise argparse.ArgumentTypeError(f"{name} is one of {', '.join(map(str, ALLOWED[name]))}")
 
 
 def main() -> None:
@@ -312,8 +353,9 @@ def main() -> None:
     )
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512, 4096])
     parser.add_argument(
-        "--tuning", nargs="*", type=int, default=[], help="warps stages early exclusive"
-    )
+        "--tuning", nargs="*", type=constant, default=[], metavar="NAME=VALUE",
+        help="constants of headrace.cuda.tuning.Tuning other than the device's",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--commit", help="for the receipt, where git cannot tell")
     parser.add_argument("--json", type=Path)

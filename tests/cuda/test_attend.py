@@ -12,6 +12,7 @@ from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
 from headrace.cuda.launchers import CacheShape, attend, head_tiles, max_splits, rotary
+from headrace.cuda.tuning import ALLOWED, DEFAULTS, Tuning
 from headrace.model.operations import Pairing, Rope
 from headrace.reference import operations
 
@@ -19,7 +20,7 @@ from headrace.reference import operations
 def run(
     device: Device, shape: CacheShape, rows: list[tuple[int, int]], lengths: list[int], *,
     window: int | None = None, softcap: float | None = None, longest: int | None = None,
-    late: bool = False,
+    late: bool = False, tuning: Tuning = DEFAULTS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """(device, its int8 copy, reference), [rows, heads × dim]; rows are (slot, position)."""
     rng = np.random.default_rng(len(lengths) + shape.n_heads)
@@ -40,7 +41,7 @@ def run(
     )
     launch = attend(
         device, shape, arguments, n, longest or int(positions.max()) + 1,
-        scale=scale, window=window, softcap=softcap,
+        scale=scale, window=window, softcap=softcap, tuning=tuning,
     )  # fmt: skip
     if late:
         assert isinstance(device, HostDevice)
@@ -111,6 +112,50 @@ def test_a_row_does_not_depend_on_the_grid(device: Device) -> None:
     ]
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+CUTS = [
+    *((n, 256, 40, None) for n in ALLOWED["attend_warps"]),
+    *((8, n, 40, None) for n in ALLOWED["attend_split"] if n != DEFAULTS.attend_split),
+    (2, 64, 40, 200),
+    (12, 64, 2, 200),
+    (2, 1024, 2, None),
+]
+"""Warps, positions of a split, multiprocessors (a row has no more splits), and window."""
+
+
+@pytest.mark.parametrize(("warps", "split", "sm_count", "window"), CUTS)
+def test_any_warps_and_splits(
+    warps: int, split: int, sm_count: int, window: int | None, quantised: bool
+) -> None:
+    """The last page is full, half full, and begun. A row is the same whatever bound on its length
+    the grid was made for, and whoever is beside it."""
+    shape = CacheShape(4, 1, 64, quantised=quantised)
+    rows, lengths = [(0, 1279), (1, 1055), (2, 64), (2, 0)], [1280, 1056, 65]
+    tuning = Tuning(attend_warps=warps, attend_split=split)
+    devices = [HostDevice(sm_count=sm_count, seed=seed) for seed in (1, 2, 7)]
+    few, many, alone = (
+        run(device, shape, some, lengths, longest=longest, window=window, tuning=tuning)
+        for device, some, longest in zip(
+            devices, (rows, rows, rows[:1]), (1, 1 << 15, 1280), strict=True
+        )
+    )
+    check(*few)
+    np.testing.assert_array_equal(many[0], few[0])
+    np.testing.assert_array_equal(alone[0], few[0][:1])
+
+
+def test_the_kernel_cuts_as_it_is_told() -> None:
+    """Each way rounds otherwise: the constants arrive."""
+    results = [
+        run(
+            HostDevice(sm_count=40), CacheShape(4, 1, 64), [(0, 1279)], [1280],
+            tuning=Tuning(attend_warps=warps, attend_split=split),
+        )[0]
+        for warps, split in ((8, 256), (4, 256), (8, 64), (8, 128), (8, 512), (12, 512), (8, 1024))
+    ]  # fmt: skip
+    for i, one in enumerate(results):
+        assert not any(np.array_equal(one, other) for other in results[:i]), i
 
 
 def test_the_order_of_threads_does_not_matter() -> None:

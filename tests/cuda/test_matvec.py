@@ -25,11 +25,12 @@ from device_memory import (
 from headrace.cuda import arguments as c
 from headrace.cuda.device import Device
 from headrace.cuda.layout import FLOAT_TYPES, tile_block
-from headrace.cuda.products import Tuning, matvec
+from headrace.cuda.products import matvec
+from headrace.cuda.tuning import Tuning
 from headrace.gguf.types import QuantType
 
 LOGITS = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0}
-SMALL = Tuning(warps=4, stages=2)
+SMALL = Tuning(matvec_warps=4, matvec_stages=2)
 
 
 def x_and_rounded(
@@ -103,7 +104,7 @@ def test_three_matrices_of_three_types_with_norm_and_bias(any_device: Device) ->
     assert relative(any_device.download(y), wanted) < 2e-6
 
 
-@pytest.mark.parametrize("early", [0, 1, 3])
+@pytest.mark.parametrize("early", [0, 1, 2, 4])
 @pytest.mark.parametrize("n", [20, 400])
 def test_how_early_stages_are_requested_changes_nothing(
     any_device: Device, n: int, early: int
@@ -113,11 +114,27 @@ def test_how_early_stages_are_requested_changes_nothing(
     matrix, weights, _ = random_matrix(any_device, rng, QuantType.Q4_K, n, 2304)
     x, seen = x_and_rounded(rng, 1, 2304, False)
     y = poisoned(any_device, (1, n))
-    tuning = Tuning(warps=2, stages=3, early=early)
+    tuning = Tuning(matvec_warps=4, matvec_stages=3, matvec_early=early)
     a = upload_activations(any_device, x)
     launch = matvec(any_device, [matrix], a, c.Store(y.address), 1, macros=LOGITS, tuning=tuning)
     any_device.launch(launch)
     assert relative(any_device.download(y), seen @ weights.T) < 2e-6
+
+
+def test_a_norm_of_more_rows_than_warps(device: Device) -> None:
+    """A warp sums the squares of one row."""
+    rng = np.random.default_rng(12)
+    n, k, rows, eps = 20, 256, 8, 1e-5
+    matrix, weights, _ = random_matrix(device, rng, QuantType.Q8_0, n, k)
+    x, seen = x_and_rounded(rng, rows, k, False)
+    inverse = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + eps)
+    y, a = poisoned(device, (rows, n)), upload_activations(device, x)
+    launch = matvec(
+        device, [matrix], a, c.Store(y.address), rows,
+        norm_eps=eps, macros=LOGITS, tuning=SMALL,
+    )  # fmt: skip
+    device.launch(launch)
+    assert relative(device.download(y), inverse * (seen @ weights.T)) < 2e-6
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 11])

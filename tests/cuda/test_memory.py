@@ -14,7 +14,8 @@ from headrace.backend import DecodeRow
 from headrace.cuda.device import Device
 from headrace.cuda.host import HostDevice
 from headrace.cuda.memory import plan
-from headrace.cuda.runner import PROMPT_ROWS, CUDARunner, best_options
+from headrace.cuda.runner import CUDARunner, best_options
+from headrace.cuda.tuning import DEFAULTS
 from headrace.engine.engine import Engine
 from headrace.errors import DeviceError, RequestError
 from headrace.gguf.reader import open_gguf
@@ -54,7 +55,7 @@ def test_the_plan_is_what_is_taken(
     total = sum(planned.values()) - planned["staging, while loading"]
     assert taken <= total <= 1.01 * taken  # arrays begin at multiples of 256 bytes
     cached = 16 * 64 * 2 * 2 * 64 * half_bytes
-    inputs = PROMPT_ROWS * (3 + 16) * 4  # token, position, slot, and pages of each row
+    inputs = DEFAULTS.prompt_rows * (3 + 16) * 4  # token, position, slot, and pages of each row
     assert cached <= planned["KV cache of 16 pages"] <= cached + inputs + 1024
     runner.close()
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from headrace.cuda.host import HostDevice
-from headrace.cuda.launchers import ATTEND_WARPS
 from headrace.cuda.runner import CUDARunner
 from headrace.cuda.token import AHEAD, WARPS, token_shape
+from headrace.cuda.tuning import DEFAULTS, Tuning
 from headrace.gguf.reader import open_gguf
 from headrace.model.loader import load_decoder
 from headrace.synth import write_synthetic
@@ -60,6 +60,26 @@ def test_as_the_launches(decoder_of, shape: str, recipe: str, sm_count: int, len
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize(("warps", "split", "length"), [(2, 64, 200), (4, 128, 300), (8, 64, 150)])
+def test_with_other_warps_and_splits_of_attention(
+    decoder_of, warps: int, split: int, length: int
+) -> None:
+    decoder, tuning = (
+        decoder_of("llama-tiny", "Q4_K_M"),
+        Tuning(attend_warps=warps, attend_split=split),
+    )
+    runner = CUDARunner(decoder, HostDevice(), one_kernel=True, tuning=tuning)
+    shape = runner.executor.lowering.token
+    assert shape is not None
+    assert shape.constants["ATTEND_WARPS"] == warps
+    assert shape.constants["SPLIT"] == split
+    runner.close()
+    wanted = tokens_after(HostDevice(sm_count=2), decoder, length, tuning=tuning)
+    device = HostDevice(sm_count=2, seed=9)
+    got = tokens_after(device, decoder, length, one_kernel=True, tuning=tuning)
+    np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("length", [3, 700])
 def test_the_smallest_ring(decoder_of, length: int) -> None:
     """As many stages as are needed, and no more: all of them are filled many times."""
@@ -71,7 +91,7 @@ def test_the_smallest_ring(decoder_of, length: int) -> None:
     device.shared_limit += 512
     shape = token_shape(decoder, device)
     assert shape is not None
-    assert shape.constants["STAGES"] == AHEAD + max(WARPS, 2 * ATTEND_WARPS - 2)
+    assert shape.constants["STAGES"] == AHEAD + max(WARPS, 2 * DEFAULTS.attend_warps - 2)
     got = tokens_after(device, decoder, length, one_kernel=True)
     np.testing.assert_array_equal(got, wanted)
 
@@ -93,3 +113,12 @@ def test_every_unit_has_one_block(decoder_of) -> None:
 )
 def test_where_it_cannot_be(decoder_of, shape: str, recipe: str, arch: int) -> None:
     assert token_shape(decoder_of(shape, recipe), HostDevice(arch)) is None
+
+
+def test_attention_of_more_warps_than_it_has_is_left_to_launches(
+    decoder_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of("llama-tiny", "Q4_K_M")
+    monkeypatch.setattr("headrace.cuda.token.AHEAD", 1)  # the ring would suffice
+    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=12)) is None
+    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=8)) is not None

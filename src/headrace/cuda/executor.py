@@ -24,10 +24,10 @@ from headrace.cuda.cache import Cache
 from headrace.cuda.device import Counters, Device, DeviceArray, Launch
 from headrace.cuda.given import FLOAT, FeedForwardIndex, Given
 from headrace.cuda.lowering import Lowering
-from headrace.cuda.products import Tuning
 from headrace.cuda.skinny import MOST_ROWS
 from headrace.cuda.stamps import Stamps, parts_of
 from headrace.cuda.steps import Step
+from headrace.cuda.tuning import Tuning, tuning_for
 from headrace.cuda.weights import WeightIndex
 from headrace.errors import DeviceError, ModelError
 from headrace.instrument import Formats, Part, Span
@@ -74,6 +74,11 @@ class Executor:
     ``one_kernel``: all layers of a step of one row are one launch where they can be
     (:func:`token.token_shape`), with int8 activations and an f16 cache; :attr:`ran` says whether
     they were. Not faster yet: docs/decisions/017.
+    ``tuning``: constants of the kernels; None: those recorded for the device, or the defaults
+    (:func:`tuning.tuning_for`). ``few_rows``, ``tensor_rows`` and ``prompt_rows`` are given apart;
+    :func:`runner.best_options` takes them from it.
+    ``weights``: of this decoder, loaded on this device, for several executors to share; they and
+    the device are their owner's to close.
     ``progress``: is told the bytes of each piece of weights as it is loaded.
 
     Raises DeviceError if there is no usable device, DeviceMemoryError if the model does not fit,
@@ -93,6 +98,7 @@ class Executor:
         cache_type: str = "f16",
         one_kernel: bool = False,
         tuning: Tuning | None = None,
+        weights: WeightIndex | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         if device is None:
@@ -107,12 +113,12 @@ class Executor:
             raise DeviceError(f"few_rows {few_rows}: within 2 to {MOST_ROWS} expected")
         self.decoder, self.device, self.max_rows = decoder, device, max_rows
         self.cache_type = cache_type
-        self.weights = WeightIndex(decoder)
+        self.weights, self._shared = weights or WeightIndex(decoder), weights is not None
         self.lowering = Lowering(
             decoder, device, self.weights, max_rows,
             floats=float_activations, tensor_rows=tensor_rows, few_rows=few_rows,
             prompt_rows=prompt_rows, cache_type=cache_type, one_kernel=one_kernel,
-            tuning=tuning or Tuning(),
+            tuning=tuning or tuning_for(device),
         )  # fmt: skip
         self.cache: Cache | None = None
         self.ticket = 0
@@ -125,7 +131,8 @@ class Executor:
         self._ran: list[Launch] = []
         self._closed = False
         try:
-            self.weights.load(device, progress)
+            if not self._shared:
+                self.weights.load(device, progress)
             self.lowering.allocate()
             self.index = {i: self._indexed(i) for i in self._layers}
         except BaseException:
@@ -205,8 +212,9 @@ class Executor:
         if self._stamps is not None:
             self._stamps.close()
         self.lowering.arena.free(self.device)
-        self.weights.close(self.device)
-        self.device.close()
+        if not self._shared:
+            self.weights.close(self.device)
+            self.device.close()
 
     @property
     def formats(self) -> Formats:

@@ -16,6 +16,7 @@ from headrace.cuda.products import (
     pointers,
     require,
 )
+from headrace.cuda.tuning import DEFAULTS, Tuning
 from headrace.errors import DeviceError
 
 
@@ -53,12 +54,12 @@ def gemm_pairs(sizes: Sequence[int], *, paired: bool, by_tiles: bool) -> int:
     return -(-sum(units) // 2)
 
 
-def gemm_splits(device: Device, pairs: int, k: int) -> int:
+def gemm_splits(device: Device, pairs: int, k: int, tuning: Tuning) -> int:
     """How many blocks share the columns of a matrix that few rows of x meet: as many, each with the
-    same number of blocks of 256, as give most multiprocessors two of them."""
+    same number of blocks of 256, as give each multiprocessor ``gemm_fill`` of them on average."""
     blocks = -(-k // 256)
     splits = [n for n in range(1, 9) if blocks % n == 0]
-    return next((n for n in splits if pairs * n >= 1.3 * device.sm_count), splits[-1])
+    return next((n for n in splits if pairs * n >= tuning.gemm_fill * device.sm_count), splits[-1])
 
 
 def _most_tokens(device: Device) -> int:
@@ -67,14 +68,15 @@ def _most_tokens(device: Device) -> int:
 
 
 def split_room(
-    device: Device, sizes: Sequence[int], k: int, rows: int, *, paired: bool
-) -> tuple[int, int]:
+    device: Device, sizes: Sequence[int], k: int, rows: int, *, paired: bool,
+    tuning: Tuning = DEFAULTS,
+) -> tuple[int, int]:  # fmt: skip
     """(floats, counters) that a product of at most so many rows needs of a :class:`SplitWork`."""
     tokens = min(_most_tokens(device), 128, max(8, 1 << (rows - 1).bit_length()))
     most = (0, 0)
     for by_tiles in (False, True):
         pairs = gemm_pairs(sizes, paired=paired, by_tiles=by_tiles)
-        splits = gemm_splits(device, pairs, k)
+        splits = gemm_splits(device, pairs, k, tuning)
         columns = -(-rows // tokens)
         room = columns * pairs * splits * 128 * tokens, columns * pairs
         most = max(most, room) if splits > 1 else most
@@ -82,11 +84,11 @@ def split_room(
 
 
 def gemm_shape(
-    device: Device, matrices: Sequence[Matrix], pairs: int, rows: int, *, few: bool
+    device: Device, matrices: Sequence[Matrix], pairs: int, rows: int, *, few: bool, tuning: Tuning
 ) -> GemmShape:
     """``few``: rows that are weighed alone (a step of decoding), whose columns may be split. Else
     as many tokens at once as keep the multiprocessors evenly busy."""
-    splits = gemm_splits(device, pairs, matrices[0].layout.k) if few else 1
+    splits = gemm_splits(device, pairs, matrices[0].layout.k, tuning) if few else 1
     most = _most_tokens(device)
     found: list[tuple[int, GemmShape]] = []
     for tokens in TOKENS_AT_ONCE:
@@ -102,9 +104,8 @@ def gemm_shape(
         blocks = pairs if few else min(pairs, max(1, device.sm_count // columns))
         shared = stages * stage + rest + -(-2 * stages * 8 // 16) * 16
         turns = -(-pairs // blocks) * -(-(columns * blocks) // device.sm_count)
-        # Unpacking 128 rows of W takes about as long as multiplying them with 48 of x.
         shape = GemmShape(tokens, splits, steps, stages, (columns, blocks, splits), shared)
-        found.append((turns * (tokens + 48), shape))
+        found.append((turns * (tokens + tuning.gemm_unpack), shape))
     if not found:
         raise DeviceError(f"no gemm variant fits {device.shared_limit:,} bytes of shared memory")
     return found[0][1] if few else min(found, key=lambda one: one[0])[1]
@@ -113,7 +114,7 @@ def gemm_shape(
 def gemm(
     device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
     *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
-    work: SplitWork | None = None,
+    work: SplitWork | None = None, tuning: Tuning = DEFAULTS,
 ) -> Launch:  # fmt: skip
     """As :func:`matvec`, on tensor cores from bfloat16 activations; ``work``: for few rows.
 
@@ -132,7 +133,7 @@ def gemm(
         require(isinstance(epilogue, c.Store), f"row {first_row} begins no tile of 64 rows")
         epilogue = c.Store(epilogue.y - skip * sum(sizes) * 4)
     pairs = gemm_pairs(sizes, paired=paired, by_tiles=isinstance(epilogue, c.Residual))
-    shape = gemm_shape(device, matrices, pairs, n_rows, few=work is not None)
+    shape = gemm_shape(device, matrices, pairs, n_rows, few=work is not None, tuning=tuning)
     if work is not None and shape.splits > 1:
         floats = shape.grid[0] * pairs * shape.splits * 128 * shape.tokens
         require(floats <= work.n_floats, f"{floats} partial sums, room for {work.n_floats}")

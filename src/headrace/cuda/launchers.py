@@ -42,6 +42,7 @@ from headrace.cuda.layout import (
     tile_block,
 )
 from headrace.cuda.products import GROUP, Matrix, brain, require
+from headrace.cuda.tuning import ALLOWED, DEFAULTS, Tuning
 from headrace.errors import DeviceError
 from headrace.model.operations import Activation
 from headrace.sampling import MAX_LOGPROBS
@@ -52,9 +53,6 @@ ACTIVATIONS = {Activation.SILU: "SILU", Activation.GELU_TANH: "GELU_TANH"}
 PAGE_SIZE = 64
 CACHE_GROUP = 32
 """Dims of a position that share a scale in a quantised cache."""
-SPLIT = 256
-"""Positions of a split, at least."""
-ATTEND_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -140,43 +138,55 @@ def max_splits(device: Device, shape: CacheShape) -> int:
 
 def attend(
     device: Device, shape: CacheShape, arguments: c.Attend, n_rows: int, longest: int, *,
-    scale: float, window: int | None, softcap: float | None,
+    scale: float, window: int | None, softcap: float | None, tuning: Tuning = DEFAULTS,
 ) -> Launch:  # fmt: skip
     """``longest``: the greatest length (position + 1) of a row; a longer row is right, but slow."""
-    most = max_splits(device, shape)
-    constants = attend_constants(device, shape, scale=scale, window=window, softcap=softcap) | {
-        **brain(arguments.out),
-    }
-    visible = min(longest, (window or longest) + SPLIT)
-    splits = min(most, -(-visible // SPLIT))
-    blocks = head_tiles(shape.n_heads, shape.n_kv_heads)
-    grid = (blocks, splits, n_rows)
-    shared = attend_bytes(shape, most)
-    return Launch(
-        Specialisation.of("attend", constants), grid, ATTEND_WARPS * 32, shared, arguments
+    constants = attend_constants(
+        device, shape, scale=scale, window=window, softcap=softcap, tuning=tuning
     )
+    split, warps = tuning.attend_split, attend_warps(device, shape, tuning)
+    visible = min(longest, (window or longest) + split)
+    splits = min(max_splits(device, shape), -(-visible // split))
+    grid = (head_tiles(shape.n_heads, shape.n_kv_heads), splits, n_rows)
+    return Launch(
+        Specialisation.of("attend", constants | brain(arguments.out)),
+        grid, warps * 32, attend_bytes(device, shape, warps), arguments,
+    )  # fmt: skip
 
 
 def attend_constants(
-    device: Device, shape: CacheShape, *, scale: float, window: int | None, softcap: float | None
-) -> dict[str, object]:
-    """Macros of kernels/attend.cuh."""
+    device: Device, shape: CacheShape, *,
+    scale: float, window: int | None, softcap: float | None, tuning: Tuning,
+) -> dict[str, object]:  # fmt: skip
+    """Macros of kernels/attend.cuh. None depends on a step's rows or their lengths: how positions
+    are split, and so a row's bits, is the same in any step."""
     return shape.macros | {
         "HEADS": shape.n_heads,
         "SCALE": float(scale),
         "WINDOW": window or 0,
         "SOFTCAP": float(softcap or 0.0),
-        "SPLIT": SPLIT,
+        "SPLIT": tuning.attend_split,
         "MAX_SPLITS": max_splits(device, shape),
-        "ATTEND_WARPS": ATTEND_WARPS,
+        "ATTEND_WARPS": attend_warps(device, shape, tuning),
     }
 
 
-def attend_bytes(shape: CacheShape, splits: int) -> int:
-    """Shared memory of ATTEND_WARPS warps (kernels/attend.cuh)."""
+def attend_warps(device: Device, shape: CacheShape, tuning: Tuning) -> int:
+    """As many as asked for, or the most that the shared memory has room for."""
+    for warps in reversed(ALLOWED["attend_warps"]):
+        fits = attend_bytes(device, shape, warps) <= device.shared_limit
+        if warps <= tuning.attend_warps and fits:
+            return int(warps)
+    raise DeviceError(
+        f"no attention of heads of {shape.head_dim} fits {device.shared_limit:,} bytes"
+    )
+
+
+def attend_bytes(device: Device, shape: CacheShape, warps: int) -> int:
+    """Shared memory of so many warps (kernels/attend.cuh)."""
     heads = min(8, shape.n_heads // shape.n_kv_heads)
-    sums = ATTEND_WARPS * heads * (shape.cache_dim + 2) * 4
-    return shape.cache_dim // 16 * 512 + sums + heads * splits * 4 + 16
+    sums = warps * heads * (shape.cache_dim + 2) * 4
+    return shape.cache_dim // 16 * 512 + sums + heads * max_splits(device, shape) * 4 + 16
 
 
 def prompt_attend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import sizeof
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,13 @@ from headrace.cuda.products import (
     PLAIN,
     Activations,
     Matrix,
-    Tuning,
     brain_shape,
     padded,
 )
 from headrace.cuda.steps import Inputs, LayerCache, Step
 from headrace.cuda.token import Operations as TokenOperations
 from headrace.cuda.token import TokenShape, layer_entry, token, token_shape
+from headrace.cuda.tuning import Tuning
 from headrace.cuda.weights import WeightIndex, row_order
 from headrace.errors import DeviceError, ModelError
 from headrace.model.decoder import Decoder
@@ -67,7 +68,7 @@ class Lowering:
         self.cache_shapes = cache_shapes(decoder, cache_type)
         self._rotations: dict[Rope, str] = {}
         possible = one_kernel and not floats and cache_type == "f16"
-        self.token = token_shape(decoder, device) if possible else None
+        self.token = token_shape(decoder, device, tuning) if possible else None
         self._reserve()
 
     # What is planned
@@ -105,7 +106,7 @@ class Lowering:
             rooms = [
                 gemm.split_room(
                     self.device, [linear.n for linear in linears], linears[0].k, rows,
-                    paired=isinstance(op, FeedForwardIn),
+                    paired=isinstance(op, FeedForwardIn), tuning=self.tuning,
                 )
                 for op, linears in products_of(self.decoder)
             ]  # fmt: skip
@@ -332,7 +333,7 @@ class Lowering:
             out = replace(out, values=values)
         return launchers.attend(
             self.device, shape, self._attention(op, out), step.n_rows, step.longest,
-            scale=op.scale, window=op.window, softcap=op.softcap,
+            scale=op.scale, window=op.window, softcap=op.softcap, tuning=self.tuning,
         )  # fmt: skip
 
     def _attention(self, op: Attend, out: Activations) -> c.Attend:
@@ -379,22 +380,18 @@ class Lowering:
     ) -> Launch:  # fmt: skip
         """``W x`` of the activations ``source``, with the norm before it; ``rows``: (first row,
         rows) where not all of them are wanted."""
-        x, eps, device = self.activations(source, step), norm.eps if norm else None, self.device
+        x, device = self.activations(source, step), self.device
         first, n = rows or (0, step.n_rows)
+        how: dict[str, Any] = {"first_row": first, "norm_eps": norm.eps if norm else None}
+        how |= {"macros": macros, "tuning": self.tuning}
         if self.few(step):
-            return skinny.skinny(
-                device, matrices, x, epilogue, n, first_row=first, norm_eps=eps, macros=macros
-            )
+            return skinny.skinny(device, matrices, x, epilogue, n, **how)
         if self.brain(step):
             few = not step.prompt or rows is not None
             sums, arrivals = self.arena["split sums"], self.arena["split arrivals"]
             work = gemm.SplitWork(sums.address, sums.shape[0], arrivals.address) if few else None
-            return gemm.gemm(
-                device, matrices, x, epilogue, n,
-                first_row=first, norm_eps=eps, macros=macros, work=work,
-            )  # fmt: skip
+            return gemm.gemm(device, matrices, x, epilogue, n, work=work, **how)
+        in_gain = self.weights.vector(norm.weight) if norm else 0
         return products.matvec(
-            device, matrices, x, epilogue, n, first_row=first, norm_eps=eps,
-            in_gain=self.weights.vector(norm.weight) if norm else 0, floats=self.floats,
-            macros=macros, tuning=self.tuning,
-        )  # fmt: skip
+            device, matrices, x, epilogue, n, in_gain=in_gain, floats=self.floats, **how
+        )

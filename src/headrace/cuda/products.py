@@ -18,6 +18,7 @@ from headrace.cuda.layout import (
     TileLayout,
     tile_block,
 )
+from headrace.cuda.tuning import DEFAULTS, Tuning
 from headrace.errors import DeviceError
 
 GROUP = 16
@@ -68,19 +69,6 @@ def brain_shape(rows: int, width: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How a matvec is cut. The defaults were best on an H100-class GPU; see docs/decisions."""
-
-    warps: int = 16
-    stages: int = 2
-    early: int = 2
-    """Stages that are requested before the previous kernel has ended; the others, behind x."""
-    exclusive: bool = True
-    """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
-    two, the kernels of a chain of programmatic launches get in each other's way."""
-
-
-@dataclass(frozen=True)
 class MatvecShape:
     rows: int
     warps: int
@@ -109,7 +97,9 @@ def matvec_shape(
         (w, s, r) for w in (32, 24, 16, 12, 8, 4, 2, 1) for r in (8, 4, 2, 1) for s in (4, 3, 2, 1)
     )
     for warps, stages, r in options:
-        if warps > tuning.warps or stages > tuning.stages or r > at_once:
+        if warps > tuning.matvec_warps or stages > tuning.matvec_stages or r > at_once:
+            continue
+        if r > warps:  # a warp sums the squares of a row (kernels/dots.cuh)
             continue
         # A block's share can exceed the average by one unit, of the cheapest matrix by more.
         pass_units = max(1, min(_PARTIAL_LIMIT // (unit_bytes * r), -(-units // grid) + 1))
@@ -117,7 +107,7 @@ def matvec_shape(
         barriers = -(-warps * stages * 8 // 16) * 16
         shared = warps * stages * stage + barriers + x_bytes + r * pass_units * unit_bytes + r * 4
         if shared <= device.shared_limit:
-            if tuning.exclusive and device.arch >= 90:
+            if tuning.matvec_exclusive and device.arch >= 90:
                 shared = max(shared, device.shared_limit // 2 + 2048)
             return MatvecShape(r, warps, stages, pass_units, grid, shared)
     raise DeviceError(
@@ -137,7 +127,7 @@ def matvec(
     in_gain: int = 0,
     floats: bool = False,
     macros: dict[str, object] | None = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning = DEFAULTS,
 ) -> Launch:
     """``y = W x`` for one to three matrices over rows ``first_row …`` of x.
 
@@ -160,7 +150,7 @@ def matvec(
         "FLOAT_ACTIVATIONS": floats,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
-        "EARLY": min(tuning.early, shape.stages),
+        "EARLY": min(tuning.matvec_early, shape.stages),
         "PASS_UNITS": shape.pass_units,
         "GRID": shape.grid,
         **(macros or {}),

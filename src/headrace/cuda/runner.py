@@ -18,6 +18,7 @@ from headrace.cuda.executor import Executor
 from headrace.cuda.instrument import CUDAInstrument
 from headrace.cuda.sampling import DeviceSampler, can_sample
 from headrace.cuda.steps import Step, runs
+from headrace.cuda.tuning import Tuning, tuning_for
 from headrace.errors import DeviceError
 from headrace.gguf.quants import dequantize
 from headrace.model.decoder import Decoder
@@ -27,22 +28,23 @@ from headrace.sampling import SamplingParams
 MAX_ROWS = 64
 """Rows of one pass over the weights, unless more sequences are to generate at once."""
 
-PROMPT_ROWS = 2048
-"""Rows of a prompt at a time, on tensor cores: 3 % faster than 1,024, and those who generate wait
-twice as long."""
-
 _PLANS_KEPT = 64
 
 
-def best_options(device: Device, *, batch_invariant: bool = False) -> dict[str, Any]:
+def best_options(
+    device: Device, *, batch_invariant: bool = False, tuning: Tuning | None = None
+) -> dict[str, Any]:
     """Options of :class:`CUDARunner` for the greatest speed on ``device``: tensor cores where they
-    take bfloat16, and there are rows enough. ``batch_invariant``: for any number of rows, and by
-    one kernel. docs/decisions/014 and 015 have what was measured."""
+    take bfloat16, and there are rows enough by ``tuning`` (None: the device's).
+    ``batch_invariant``: for any number of rows, and by one kernel. docs/decisions/014 and 015 have
+    what was measured."""
     if device.arch < 80:
         return {}
+    tuning = tuning or tuning_for(device)
+    options = {"tensor_rows": tuning.tensor_rows, "prompt_rows": tuning.prompt_rows}
     if batch_invariant:
-        return {"tensor_rows": 1, "prompt_rows": PROMPT_ROWS}
-    return {"tensor_rows": 8, "few_rows": range(3, 17), "prompt_rows": PROMPT_ROWS}
+        return options | {"tensor_rows": 1}
+    return options | {"few_rows": tuning.few_rows}
 
 
 class CUDARunner:

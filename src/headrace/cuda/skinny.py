@@ -18,15 +18,14 @@ from headrace.cuda.products import (
     pointers,
     require,
 )
+from headrace.cuda.tuning import DEFAULTS, Tuning
 from headrace.gguf.types import QuantType
 from headrace.model.decoder import Decoder
 
 MOST_ROWS = 16
 """Of one launch."""
-_AHEAD = 16
-"""Tiles of 16 x 256 that a block's warps have asked L2 for: 37 KB of Q4_K."""
 _LIGHT = frozenset({QuantType.Q4_0, QuantType.Q4_1, QuantType.Q4_K})
-"""Types whose code for eight rows takes few registers: twice as many warps have room."""
+"""Types whose code for eight rows takes few registers: more warps have room."""
 _PITCH = 20
 """Floats from one row of sums to the next (kernels/skinny.cu)."""
 
@@ -49,8 +48,9 @@ class SkinnyShape:
 
 
 def skinny_shape(
-    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool
-) -> SkinnyShape:
+    device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool,
+    tuning: Tuning = DEFAULTS,
+) -> SkinnyShape:  # fmt: skip
     """Passes as few as the shared memory allows, and as equal. The areas, and so the order of sums,
     depend on the matrices and the device alone; many rows of W leave room for half as many."""
     tokens, stripes = 8 if rows <= 8 else MOST_ROWS, -(-matrices[0].layout.k // 256)
@@ -63,7 +63,9 @@ def skinny_shape(
         (device.shared_limit - n * (8 * 512 + 4)) // (n * _PITCH * 4 * both) for n in (8, MOST_ROWS)
     ]
     areas = min(16 if units * both <= 512 else 8, stripes, *(room for room in rooms if room > 0))
-    warps = 16 if light else 8
+    if areas < stripes:  # stripes that share an area are one warp's: its warps' number divides it
+        areas = 1 << (areas.bit_length() - 1)
+    warps = tuning.skinny_warps if light else 8
     stripe_warps = min(warps, 1 << (areas - 1).bit_length())
     grid = min(device.sm_count, units)
     rest = warps * tokens * 512 + tokens * 4
@@ -72,7 +74,7 @@ def skinny_shape(
     passes = -(-share // ((device.shared_limit - rest) // unit_bytes))
     pass_units = -(-share // passes)
     shared = rest + pass_units * unit_bytes
-    if device.arch >= 90:  # a multiprocessor's only block, for matvec's reason (products.Tuning)
+    if device.arch >= 90:  # a multiprocessor's only block, for matvec's reason (tuning.Tuning)
         shared = max(shared, device.shared_limit // 2 + 2048)
     return SkinnyShape(tokens, areas, warps, stripe_warps, pass_units, grid, shared)
 
@@ -80,6 +82,7 @@ def skinny_shape(
 def skinny(
     device: Device, matrices: Sequence[Matrix], x: Activations, epilogue: c.Epilogue, n_rows: int,
     *, first_row: int = 0, norm_eps: float | None = None, macros: dict[str, object] | None = None,
+    tuning: Tuning = DEFAULTS,
 ) -> Launch:  # fmt: skip
     """As :func:`~headrace.cuda.products.matvec`, for at most ``MOST_ROWS`` rows of bfloat16 and
     quantised matrices. The third address of a :class:`~headrace.cuda.arguments.Rotary` is that of a
@@ -89,7 +92,7 @@ def skinny(
     require(n_rows <= MOST_ROWS, f"{n_rows} rows, {MOST_ROWS} at most")
     require(x.brain is not None, "tensor cores read bfloat16")
     require(all(m.layout.qtype not in FLOAT_TYPES for m in matrices), "quantised matrices")
-    shape = skinny_shape(device, matrices, n_rows, paired=paired)
+    shape = skinny_shape(device, matrices, n_rows, paired=paired, tuning=tuning)
     constants = constants_of(matrices, epilogue, norm_eps) | {
         "UNIT_ROWS": PADDED_ROWS,
         "GRID": shape.grid,
@@ -98,7 +101,7 @@ def skinny(
         "WARPS": shape.warps,
         "STRIPE_WARPS": shape.stripe_warps,
         "PASS_UNITS": shape.pass_units,
-        "AHEAD": _AHEAD // shape.warps,
+        "AHEAD": tuning.skinny_ahead // shape.warps,
         "BRAIN": True,
         **(macros or {}),
     }

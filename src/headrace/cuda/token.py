@@ -17,6 +17,7 @@ from headrace.cuda.launchers import CacheShape
 from headrace.cuda.layout import FLOAT_TYPES, PADDED_ROWS, TILE_COLUMNS, TILE_ROWS, TileLayout
 from headrace.cuda.products import GROUP, Matrix, padded
 from headrace.cuda.steps import LayerCache
+from headrace.cuda.tuning import DEFAULTS, Tuning
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
     Attend,
@@ -74,10 +75,11 @@ def layers_of(decoder: Decoder) -> tuple[Operations, ...] | None:
     return tuple(layers) if len(alike) == 1 and len(qkv_eps) == 1 else None  # type: ignore[arg-type]
 
 
-def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
+def token_shape(decoder: Decoder, device: Device, tuning: Tuning = DEFAULTS) -> TokenShape | None:
     """None where the kernel cannot stand for the launches: the device is not an sm_90 (older ones
     lack its copies, on later ones it spills registers), an operation is one it has not, weights are
-    unquantised, or its shared memory does not suffice."""
+    unquantised, its shared memory does not suffice, or attention takes more warps than it has. Of
+    ``tuning`` attention's part counts."""
     layers = layers_of(decoder) if device.arch == 90 else None
     if layers is None:
         return None
@@ -89,11 +91,13 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     units, largest = _shares(layouts, device.sm_count)
     qkv, at, out, up, down = layers[0]
     shape = CacheShape(at.n_heads, at.n_kv_heads, at.head_dim, qkv.rope.dim, qkv.rope.magnitude)
+    attend_warps = launchers.attend_warps(device, shape, tuning)
+    if attend_warps > WARPS:
+        return None
     attention = launchers.attend_constants(
-        device, shape, scale=at.scale, window=at.window, softcap=at.softcap
+        device, shape, scale=at.scale, window=at.window, softcap=at.softcap, tuning=tuning
     )
-    splits = launchers.max_splits(device, shape)
-    attend_bytes = -(-launchers.attend_bytes(shape, splits) // 16) * 16
+    attend_bytes = -(-launchers.attend_bytes(device, shape, attend_warps) // 16) * 16
     widest = max(qkv.q.k, out.out.k, down.down.k)
     partials = max(
         n * unit * (-(-k // TILE_COLUMNS) | 1)
@@ -108,7 +112,7 @@ def token_shape(decoder: Decoder, device: Device) -> TokenShape | None:
     of_tiles = max(_stage_bytes(layout.max_tile_bytes) for layout in flat)
     stage_bytes = max(of_tiles, shape.half_page)
     stages = min(24, (device.shared_limit - rest) // (stage_bytes + 16))
-    furthest = max(WARPS, 2 * launchers.ATTEND_WARPS - 2)  # kernels/attend_ring.cuh
+    furthest = max(WARPS, 2 * attend_warps - 2)  # kernels/attend_ring.cuh
     if stages < AHEAD + furthest:
         return None
     constants = attention | {
