@@ -43,7 +43,7 @@ from headrace.cuda.weights import WeightIndex
 from headrace.model.decoder import Decoder
 
 CANDIDATES: dict[str, Sequence[Any]] = {
-    "attend_warps": (4, 8, 12),
+    "attend_warps": (4, 8),
     "attend_split": (128, 256, 512),
     "matvec_warps": (12, 16, 24),
     "matvec_stages": (1, 2, 3),

@@ -119,6 +119,6 @@ def test_attention_of_more_warps_than_it_has_is_left_to_launches(
     decoder_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = decoder_of("llama-tiny", "Q4_K_M")
-    monkeypatch.setattr("headrace.cuda.token.AHEAD", 1)  # the ring would suffice
-    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=12)) is None
-    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=8)) is not None
+    monkeypatch.setattr("headrace.cuda.token.WARPS", 6)
+    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=8)) is None
+    assert token_shape(decoder, HostDevice(), Tuning(attend_warps=4)) is not None

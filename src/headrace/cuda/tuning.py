@@ -40,9 +40,9 @@ class Tuning:
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with
     two, the kernels of a chain of programmatic launches get in each other's way. From sm_90 on.
     Changes no bit."""
-    attend_warps: int = _one_of(8, 2, 4, 8, 12)
-    """Warps of a block of ``attend``, of 32 positions each at a time: 2, 4, 8 or 12; an even
-    number, as two share a page (16 would spill registers). Changes the order of sums."""
+    attend_warps: int = _one_of(8, 2, 4, 8)
+    """Warps of a block of ``attend``, of 32 positions each at a time: 2, 4 or 8 (12 would spill
+    registers). Changes the order of sums."""
     attend_split: int = _one_of(256, 64, 128, 256, 512, 1024)
     """Positions of a split of ``attend``, at least: 64, 128, 256, 512 or 1,024; whole pages.
     Changes the order of sums."""
