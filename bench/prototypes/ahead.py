@@ -53,8 +53,8 @@ DEVICE void ask(const Ahead& x, int warp, int warps) {
     sub("matvec.cu", ("  dependents_launch();\n", "  dependents_launch();\n" + text), calls[where])
     text = text.replace("a.stamps", "args.stamps")
     sub("attend.cu", ("  dependents_launch();\n", "  dependents_launch();\n" + text + "  auto asking = [&] { if (TIMED) ask(ahead, threadIdx.x >> 5, ATTEND_WARPS); };\n"),
-        ("    attend_split(a, target, split, shared, arrived, threadIdx.x, read, sync_block);\n",
-         "    attend_split(a, target, split, shared, arrived, threadIdx.x, [&](Warp& w, const uint4* q) { read(w, q); "
+        ("    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);\n",
+         "    attend_split(a, now, split, shared, arrived, threadIdx.x, [&](Warp& w, const uint4* q) { read(w, q); "
          + ("asking();" if where != "end" else "") + " }, sync_block);\n" + ("    asking();\n" if where == "end" else "")))  # fmt: skip
 
 

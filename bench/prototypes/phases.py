@@ -50,12 +50,12 @@ __shared__ u64* phase_place;
         ("    if (unit + PASS_UNITS < last) sync_block();\n  }\n", "    if (unit + PASS_UNITS < last) sync_block();\n  }\n  PHASE(6);\n"))  # fmt: skip
     sub("attend.cu",
         ("  dependents_launch();\n", "  dependents_launch();\n  PHASES(args);\n"),
-        ("    attend_split(a, target, split, shared, arrived, threadIdx.x, read, sync_block);\n",
-         "    attend_split(a, target, split, shared, arrived, threadIdx.x, read, sync_block);\n    PHASE(7);\n"))  # fmt: skip
+        ("    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);\n",
+         "    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);\n    PHASE(7);\n"))  # fmt: skip
     sub("attend.cuh",
-        ("  sync();\n  const Row out", "  sync();\n  PHASE(2);\n  const Row out"),
+        ("  sync();\n  Warp w;", "  sync();\n  PHASE(2);\n  Warp w;"),
         ("  read(w, q);\n", "  read(w, q);\n  PHASE(3);\n"),
-        ("  sync();\n  for (int i = thread;", "  sync();\n  PHASE(4);\n  for (int i = thread;"),
+        ("  sync();\n  const Row out", "  sync();\n  PHASE(4);\n  const Row out"),
         ("  if (count == 1) return;\n  sync();\n", "  if (count == 1) return;\n  PHASE(5);\n  sync();\n"),
         ("  sync();\n  if (*is_last) {", "  sync();\n  PHASE(6);\n  if (*is_last) {"))  # fmt: skip
 
