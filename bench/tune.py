@@ -47,7 +47,7 @@ CANDIDATES: dict[str, Sequence[Any]] = {
     "attend_split": (128, 256, 512),
     "matvec_warps": (12, 16, 24),
     "matvec_stages": (1, 2, 3),
-    "matvec_early": (1, 4),
+    "matvec_early": (0, 1, 2),
     "matvec_exclusive": (False, True),
     "few_first": (2, 3, 4),
     "few_last": (8, 12, 16),

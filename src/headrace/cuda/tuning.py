@@ -33,8 +33,8 @@ class Tuning:
     registers). Changes no bit."""
     matvec_stages: int = _one_of(2, 1, 2, 3, 4)
     """Tiles that each of its warps has under way: 1 to 4. Changes no bit."""
-    matvec_early: int = _one_of(4, 0, 1, 2, 4)
-    """Of them, those that are asked for before the kernel before has ended: 0, 1, 2 or 4; the
+    matvec_early: int = _one_of(2, 0, 1, 2)
+    """Of them, those that are asked for before the kernel before has ended, at most: 0, 1 or 2; the
     others, behind x. Changes no bit."""
     matvec_exclusive: bool = _one_of(True, False, True)
     """Ask for over half of a multiprocessor's shared memory, so that one block has it alone: with

@@ -195,11 +195,11 @@ template <> struct Block<Q3_K> : Blocks256, Planes<32, 64, 12, 2> {
 // Sub-blocks 2j and 2j+1 of Q4_K and Q5_K: six-bit scales and mins packed in twelve bytes.
 DEVICE void six_bit_scales(float2& a, float2& b, const uint4& header, int j) {
   const float d = half_to_float((u16)header.x), m = -half_to_float((u16)(header.x >> 16));
+  const int shift = (j & 1) * 16;
+  const u32 x = header.y >> shift, y = header.z >> shift, z = header.w >> shift;
   // The four low bits of the later four lie in the last word, and their two high ones above the earlier four's six.
-  const bool later = j >= 2;
-  const int shift = (j & 1) * 16, high_shift = shift + 2 * later, min_shift = shift + 4 * later;
-  const u32 scales = ((later ? header.w : header.y) >> shift & 0x0f0f) | (header.y >> high_shift & 0x3030);
-  const u32 mins = ((later ? header.w : header.z) >> min_shift & 0x0f0f) | (header.z >> high_shift & 0x3030);
+  const u32 scales = ((j < 2 ? x : z) & 0x0f0f) | ((j < 2 ? x : x >> 2) & 0x3030);
+  const u32 mins = ((j < 2 ? y : z >> 4) & 0x0f0f) | ((j < 2 ? y : y >> 2) & 0x3030);
   a = make_float2(d * (float)(scales & 255), m * (float)(mins & 255));
   b = make_float2(d * (float)(scales >> 8), m * (float)(mins >> 8));
 }
