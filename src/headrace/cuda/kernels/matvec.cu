@@ -69,7 +69,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
   u8* const x_memory = shared + RING_BYTES + BARRIER_BYTES;
   float* const partial = (float*)(x_memory + X_BYTES);
   float* const inverse_rms = partial + PARTIAL_BYTES / 4;
-  const int lane = kept(threadIdx.x & 31), warp = kept(threadIdx.x >> 5);
+  const int lane = kept(threadIdx.x & 31), warp = threadIdx.x >> 5;
   const int first = first_unit(blockIdx.x), last = first_unit(blockIdx.x + 1);
   const int tiles = (last - first) * UNIT_GROUPS * SLICES;
 
