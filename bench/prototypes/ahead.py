@@ -14,22 +14,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, "bench")
-from headrace.backend import PAGE_SIZE, Batch
+from headrace.backend import PAGE_SIZE
 from headrace.cuda import compile as compiler
 from headrace.cuda import launchers
-from headrace.cuda.steps import Step
+from common import Patch, graph_of, launches_at
 
 TILE = {"Q4_K": 2304, "Q6_K": 3360}
 
 
 def patch(folder: Path, where: str) -> None:
-    def sub(name: str, *pairs: tuple[str, str]) -> None:
-        path = folder / name
-        text = path.read_text()
-        for old, new in pairs:
-            assert text.count(old) == 1, (name, text.count(old), old)
-            text = text.replace(old, new)
-        path.write_text(text)
+    sub = Patch(folder)
 
     sub("primitives.cuh", ("#define BEGIN(a) dependency_wait(); Stopwatch stopwatch(a.stamps)", """
 struct Ahead { ulonglong2 a, b; };
@@ -124,10 +118,7 @@ def main() -> None:
     executor = runner.executor
 
     def token_us(depth: int, tiles: int) -> str:
-        at = np.array([depth], np.int32)
-        pages = np.arange(depth // PAGE_SIZE + 1, dtype=np.int32)[None]
-        executor.bring(Batch(at * 0 + 1, at, at * 0, pages, at * 0))
-        plain = executor.lowering.launches(Step(1, 1 << depth.bit_length(), ((0, 1),)))
+        plain = launches_at(executor, depth)
         launches, tables = [], []
         for i, launch in enumerate(plain):
             following = plain[i + 1] if i + 1 < len(plain) else None
@@ -150,13 +141,7 @@ def main() -> None:
             device.upload(address, table)
             tables.append(address)
             launches.append(launchers.timed(launch, address))
-        device.prepare(one.spec for one in launches)
-
-        def record() -> None:
-            for one in launches:
-                device.launch(one)
-
-        graph = device.capture(record)
+        graph = graph_of(device, launches)
         us = bench.timed(device, graph.launch, 16)
         graph.close()
         for address in tables:

@@ -19,19 +19,13 @@ from headrace.backend import PAGE_SIZE, Batch
 from headrace.cuda import compile as compiler
 from headrace.cuda import launchers
 from headrace.cuda.gpu import CUDADevice, _check
-from headrace.cuda.steps import Step
+from common import Patch, graph_of, launches_at
 
 EXTRA = 8192
 
 
 def patch(folder: Path) -> None:
-    def sub(name: str, *pairs: tuple[str, str]) -> None:
-        path = folder / name
-        text = path.read_text()
-        for old, new in pairs:
-            assert text.count(old) == 1, (name, text.count(old), old)
-            text = text.replace(old, new)
-        path.write_text(text)
+    sub = Patch(folder)
 
     sub(
         "primitives.cuh",
@@ -168,23 +162,14 @@ def main() -> None:
             runner.step(Batch(tokens[at].astype(np.int32), at, at * 0, pages, at[:0]))
 
     def token(depth: int, clusters: bool):
-        at = np.array([depth], np.int32)
-        pages = np.arange(depth // PAGE_SIZE + 1, dtype=np.int32)[None]
-        executor.bring(Batch(at * 0 + 1, at, at * 0, pages, at * 0))
         launches = []
-        for launch in executor.lowering.launches(Step(1, 1 << depth.bit_length(), ((0, 1),))):
+        for launch in launches_at(executor, depth):
             if clusters and launch.spec.name == "attend":
                 launch = replace(
                     launchers.timed(launch, 0), shared_bytes=launch.shared_bytes + EXTRA
                 )
             launches.append(replace(launch))
-        device.prepare(one.spec for one in launches)
-
-        def record() -> None:
-            for one in launches:
-                device.launch(one)
-
-        graph = device.capture(record)
+        graph = graph_of(device, launches)
         us = bench.timed(device, graph.launch, 16)
         logits = device.download(executor.lowering.arena["logits"])[0]
         graph.close()

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, "bench")
-from headrace.backend import PAGE_SIZE, Batch
+from headrace.backend import PAGE_SIZE
 from headrace.cuda import compile as compiler
 from headrace.cuda import launchers
 from headrace.cuda.device import DeviceArray
-from headrace.cuda.steps import Step
+from common import Patch, graph_of, launches_at
 
 N = 8
 PLACES = {
@@ -28,13 +28,7 @@ PLACES = {
 
 
 def patch(folder: Path) -> None:
-    def sub(name: str, *pairs: tuple[str, str]) -> None:
-        path = folder / name
-        text = path.read_text()
-        for old, new in pairs:
-            assert text.count(old) == 1, (name, text.count(old), old)
-            text = text.replace(old, new)
-        path.write_text(text)
+    sub = Patch(folder)
 
     sub("primitives.cuh", ("#define BEGIN(a) dependency_wait(); Stopwatch stopwatch(a.stamps)", """
 __shared__ u64* phase_place;
@@ -76,10 +70,7 @@ def main() -> None:
     runner.allocate_cache(max(depths) // PAGE_SIZE + 8)
     executor = runner.executor
     for depth in depths:
-        at = np.array([depth], np.int32)
-        pages = np.arange(depth // PAGE_SIZE + 1, dtype=np.int32)[None]
-        executor.bring(Batch(at * 0 + 1, at, at * 0, pages, at * 0))
-        plain = executor.lowering.launches(Step(1, 1 << depth.bit_length(), ((0, 1),)))
+        plain = launches_at(executor, depth)
         launches, places, total = [], [], 0
         for launch in plain:
             blocks = int(np.prod(launch.grid)) if launch.spec.name in PLACES else 0
@@ -90,13 +81,7 @@ def main() -> None:
             launches.append(
                 launchers.timed(launch, address + 8 * first) if blocks else replace(launch)
             )
-        device.prepare(one.spec for one in launches)
-
-        def record(batch=launches):
-            for one in batch:
-                device.launch(one)
-
-        graph = device.capture(record)
+        graph = graph_of(device, launches)
         seen = []
         for _ in range(12):
             device.clear(address, total * 8)

@@ -142,8 +142,8 @@ def load(
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """The merges of a vocabulary are some 200,000 tuples, none of them garbage: to look for some
-    as they are made takes 8 % of the time from the header to the encoder."""
+    """The merges of a vocabulary are some 200,000 tuples, none of them garbage, and the
+    collector would look for some again and again as they are made."""
     enabled = gc.isenabled()
     gc.disable()
     try:

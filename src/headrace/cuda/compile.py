@@ -153,8 +153,8 @@ def resources(spec: Specialisation, arch: str) -> Resources:
 def compiler_version() -> str:
     """NVRTC's and cuda-core's. DeviceError without the Python packages.
 
-    ``cuda.core`` is not imported for it: that takes as long as to read every kernel of a model from
-    the cache.
+
+    ``cuda.core`` is not imported for it, which takes long, and is of no use where all is cached.
     """
     from importlib import metadata
 

@@ -81,9 +81,8 @@ def _name(driver: Any, handle: Any) -> str:
 class CUDAContext:
     """The context of GPU ``index``, made unless it is there; it stays at least until :meth:`close`.
 
-    A :class:`CUDADevice` needs one and keeps it too. To make it takes the driver tenths of a
-    second, without the GIL: whoever has other things to do makes it in a thread. Raises
-    DeviceError.
+    A :class:`CUDADevice` needs one and keeps it too. To make it takes the driver long, without
+    the GIL: whoever has other things to do makes it in a thread. Raises DeviceError.
     """
 
     _making = threading.Lock()  # the bindings find the driver's functions at the first call of one

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from headrace.cuda.device import Device, Launch
 
 SLOT_BYTES = 8 << 20
-"""A piece, about: each costs the thread that queues it some 0.1 ms of Python."""
+"""A piece, about: large enough that queueing it is little of what copying it takes."""
 
 _SLOTS = 8
-"""Pinning takes some 3 ms for each."""
+"""Pinning takes time for each."""
 
 _READING = 6
 """Pieces that threads copy while the device fetches the others; of the threads themselves there are

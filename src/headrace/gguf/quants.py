@@ -50,8 +50,8 @@ _CHUNK_WEIGHTS = 1 << 18
 """Weights decoded at a time, so that the temporaries stay in the cache."""
 
 _PART_BYTES = 32 << 20
-"""What a thread checks at a time. It waits for the GIL a few times in each, up to 5 ms, while the
-tokeniser is built beside it."""
+"""What a thread checks at a time. It waits for the GIL a few times in each, while the tokeniser
+is built beside it."""
 
 
 def dequantize(data: NDArray[np.uint8], qtype: QuantType) -> NDArray[np.float32]:

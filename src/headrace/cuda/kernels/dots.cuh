@@ -123,9 +123,7 @@ template <int COLUMNS, int N_ROWS, bool FLOATS> DEVICE X x_at(const u8* shared) 
   return {(const int4*)shared, (const uint2*)(shared + N_ROWS * padded(COLUMNS)), (const float*)shared, COLUMNS};
 }
 
-#ifndef X_LOADS
-#define X_LOADS 4  // of x, under way in a thread
-#endif
+constexpr int X_LOADS = 4;  // of x, under way in a thread
 
 // Rows of x from `first_row` on into shared memory. WARP_COUNT warps call. meanwhile(): once the first loads are on their way.
 template <int COLUMNS, int N_ROWS, bool FLOATS, bool NORMED, int WARP_COUNT, class Meanwhile>
