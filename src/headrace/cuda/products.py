@@ -73,6 +73,7 @@ class MatvecShape:
     rows: int
     warps: int
     stages: int
+    early: int
     pass_units: int
     grid: int
     shared_bytes: int
@@ -82,7 +83,11 @@ def matvec_shape(
     device: Device, matrices: Sequence[Matrix], rows: int, *, paired: bool, unit_rows: int,
     floats: bool, tuning: Tuning,
 ) -> MatvecShape:  # fmt: skip
-    """The variant that fits the shared memory: most warps first, then rows, then stages."""
+    """The variant that fits the shared memory: most warps first, then rows, then stages.
+
+    How deep a ring pays depends on how many tiles a warp takes (docs/decisions/012): two stages if
+    there are few, at most half of them if there are many, and the last is not asked for early.
+    """
     k = matrices[0].layout.k
     stage = max(m.layout.max_tile_bytes for m in matrices)
     padded_rows = [m.layout.groups * TILE_ROWS for m in matrices]
@@ -92,12 +97,19 @@ def matvec_shape(
     types = {m.layout.qtype for m in matrices}
     most = 8 if len(types) == 1 and tile_block(types.pop())[0] == 32 else 4
     at_once = 1 if floats else min(most, 1 << (rows - 1).bit_length())
-    unit_bytes = unit_rows * (2 if paired else 1) * (-(-k // TILE_COLUMNS) | 1) * 4
+    slices = -(-k // TILE_COLUMNS)
+    unit_bytes = unit_rows * (2 if paired else 1) * (slices | 1) * 4
+    tiles = -(-units // grid) * unit_rows // TILE_ROWS * (2 if paired else 1) * slices
+
+    def tiles_of(warps: int) -> int:  # of the warp that has most
+        return -(-tiles // warps)
+
     options = (
         (w, s, r) for w in (32, 24, 16, 12, 8, 4, 2, 1) for r in (8, 4, 2, 1) for s in (4, 3, 2, 1)
     )
     for warps, stages, r in options:
-        if warps > tuning.matvec_warps or stages > tuning.matvec_stages or r > at_once:
+        most_stages = min(tuning.matvec_stages, max(2, tiles_of(warps) // 2))
+        if warps > tuning.matvec_warps or stages > most_stages or r > at_once:
             continue
         if r > warps:  # a warp sums the squares of a row (kernels/dots.cuh)
             continue
@@ -109,7 +121,8 @@ def matvec_shape(
         if shared <= device.shared_limit:
             if tuning.matvec_exclusive and device.arch >= 90:
                 shared = max(shared, device.shared_limit // 2 + 2048)
-            return MatvecShape(r, warps, stages, pass_units, grid, shared)
+            early = min(tuning.matvec_early, stages, max(1, tiles_of(warps) - 1))
+            return MatvecShape(r, warps, stages, early, pass_units, grid, shared)
     raise DeviceError(
         f"no matvec variant for K = {k} fits {device.shared_limit:,} bytes of shared memory"
     )
@@ -150,7 +163,7 @@ def matvec(
         "FLOAT_ACTIVATIONS": floats,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
-        "EARLY": min(tuning.matvec_early, shape.stages),
+        "EARLY": shape.early,
         "PASS_UNITS": shape.pass_units,
         "GRID": shape.grid,
         **(macros or {}),

@@ -31,8 +31,9 @@ class Tuning:
     matvec_warps: int = _one_of(16, 4, 8, 12, 16, 24)
     """Warps of a block of ``matvec``: 4, 8, 12, 16 or 24 (of 32, some spill
     registers). Changes no bit."""
-    matvec_stages: int = _one_of(2, 1, 2, 3, 4)
-    """Tiles that each of its warps has under way: 1 to 4. Changes no bit."""
+    matvec_stages: int = _one_of(3, 1, 2, 3, 4)
+    """Tiles that each of its warps has under way, at most: 1 to 4; of warps with few tiles 2.
+    Changes no bit."""
     matvec_early: int = _one_of(2, 0, 1, 2)
     """Of them, those that are asked for before the kernel before has ended, at most: 0, 1 or 2; the
     others, behind x. Changes no bit."""

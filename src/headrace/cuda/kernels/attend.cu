@@ -45,7 +45,8 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
     };
     Target now = target;  // registers are few: what follows from these is worked out here, not before the loop
     now.splits.count = kept(now.splits.count);
-    if (Held::IS) now.row = kept(now.row), now.first_head = kept(now.first_head), now.heads = kept(now.heads);
+    if (Held::IS) now.row = kept(now.row), now.first_head = kept(now.first_head);
+    if (Held::IS && HEAD_TILES > 1) now.heads = kept(now.heads);
     attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);
   }
 }

@@ -79,21 +79,21 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
 
 // out[head, dim] = the splits' sums, weighted, in order. ready(): waits for the weights; the first sums are on their way then.
 template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
-  constexpr int AT_ONCE = 8;
-  const int elements = heads * CACHE_DIM, first = 4 * thread;
-  float4 x[AT_ONCE];
+  constexpr int AT_ONCE = 16;
+  const int elements = heads * CACHE_DIM, first = 2 * thread;
+  float2 x[AT_ONCE];
   auto place = [&](int i) { return partial + (u64)(i / CACHE_DIM) * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM; };
   auto load = [&](int i, int from) {
 #pragma unroll
     for (int s = 0; s < AT_ONCE; ++s)
-      if (i < elements && from + s < count) x[s] = load_fresh((const float4*)(place(i) + (from + s) * CACHE_DIM));
+      if (i < elements && from + s < count) x[s] = load_fresh((const float2*)(place(i) + (from + s) * CACHE_DIM));
   };
   load(first, 0);
   ready();
 #pragma unroll 1
-  for (int i = first; i < elements; i += 4 * ATTEND_WARPS * 32) {
+  for (int i = first; i < elements; i += 2 * ATTEND_WARPS * 32) {
     if (i > first) load(i, 0);
-    float4 v = {0.f, 0.f, 0.f, 0.f};
+    float2 v = {0.f, 0.f};
 #pragma unroll 1
     for (int from = 0; from < count; from += AT_ONCE) {
       if (from) load(i, from);
@@ -101,10 +101,10 @@ template <class Ready> DEVICE void join(int thread, const float* partial, int he
       for (int s = 0; s < AT_ONCE; ++s) {
         if (from + s >= count) break;
         const float w = weights[i / CACHE_DIM * MAX_SPLITS + from + s];
-        v.x = fmaf(x[s].x, w, v.x); v.y = fmaf(x[s].y, w, v.y); v.z = fmaf(x[s].z, w, v.z); v.w = fmaf(x[s].w, w, v.w);
+        v.x = fmaf(x[s].x, w, v.x); v.y = fmaf(x[s].y, w, v.y);
       }
     }
-    *(float4*)(out + i) = v;
+    *(float2*)(out + i) = v;
   }
 }
 
