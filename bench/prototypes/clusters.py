@@ -126,18 +126,23 @@ class Device(CUDADevice):
             )
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuFuncSetAttribute(function, limit, 1), "cluster size")
-            config.attrs, config.numAttrs = [*config.attrs, cluster], len(config.attrs) + 1
+            early = driver.CUlaunchAttribute()
+            early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early, cluster], 2
+            self.keep.append((early, cluster))
             if launch.grid[1] not in self.told:
                 self.told.add(launch.grid[1])
                 print(
                     "clusters of",
                     launch.grid[1],
                     "at once:",
-                    _check(driver.cuOccupancyMaxActiveClusters(function, config), "occupancy"),
+                    driver.cuOccupancyMaxActiveClusters(function, config),
                 )
         return prepared
 
     told: set = set()
+    keep: list = []
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ def main() -> None:
     runner = CUDARunner(decoder, device, **best_options(device))
     depths = [int(d) for d in sys.argv[2].split(",")]
     runner.allocate_cache(max(depths) // PAGE_SIZE + 8)
+    device.shared_limit -= 1024  # a static variable
     executor = runner.executor
     for depth in depths:
         plain = launches_at(executor, depth)
