@@ -27,8 +27,9 @@ from headrace.errors import (
 )
 
 if TYPE_CHECKING:
-    from headrace.api import Model, Options, TextStream, load
+    from headrace.api import Model, Options, TextStream
     from headrace.engine.request import Completion, Timings
+    from headrace.loading import load
     from headrace.profile import profile_model
     from headrace.profile.result import Profile
     from headrace.sampling import SamplingParams, TokenLogprob
@@ -67,7 +68,7 @@ _LAZY = {
     "TextStream": "headrace.api",
     "Timings": "headrace.engine.request",
     "TokenLogprob": "headrace.sampling",
-    "load": "headrace.api",
+    "load": "headrace.loading",
     "profile_model": "headrace.profile",
 }
 

@@ -1,29 +1,20 @@
-"""The public face: load a model, ask it for text."""
+"""The public face: a loaded model, and how to ask it for text."""
 
 from __future__ import annotations
 
-import gc
-import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
-from headrace import hub
-from headrace.devices import check_cache_type, choose_device, load_runner, opening
 from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
-from headrace.engine.scheduler import pages_for
 from headrace.engine.sequence import Event
-from headrace.errors import TemplateError
-from headrace.gguf.reader import GGUFFile, open_gguf
+from headrace.gguf.reader import GGUFFile
+from headrace.loading import load_template
 from headrace.model.decoder import Config
-from headrace.model.loader import load_decoder
 from headrace.sampling import Logits, LogitsMask, SamplingParams
-from headrace.stages import stage
 from headrace.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -73,106 +64,6 @@ def make_request(tokens: Sequence[int], options: Mapping[str, Any]) -> Request:
     return Request(tokens, sampling=SamplingParams(**sampling), **others)
 
 
-def load(
-    name: str | os.PathLike[str],
-    device: str = "auto",
-    *,
-    context: int | None = None,
-    threads: int | None = None,
-    progress: hub.Progress | None = None,
-    chat: bool = False,
-    max_sequences: int = 16,
-    cache_tokens: int | None = None,
-    batch_invariant: bool = False,
-    cache_type: str = "f16",
-) -> Model:
-    """Load a model, fetching it first if need be.
-
-    name: a path, a known name (``"smollm2"``) or ``"org/repo:QUANT"``.
-    device: ``"cpu"``, ``"cuda"``, ``"reference"``, or ``"auto"``: a GPU if there is one that can be
-    used, which it says on stderr, else the CPU.
-    context: most tokens of one conversation (default: 8,192, or the model's own if shorter). Keys
-    and values for it are set aside; on a CPU the memory is only taken as it is used.
-    threads: CPU threads (default: all cores). progress: called as a file is fetched.
-    chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
-    max_sequences: most that run at once. cache_tokens: most tokens of all of them together
-    (default: one context). batch_invariant: an answer does not depend on how many others are made
-    beside it; a GPU is slower for few of them then (docs/decisions/014). cache_type: keys and
-    values as ``"f16"``, or on a GPU ``"q8_0"``, in about half the memory (docs/decisions/016).
-
-    Raises HubError, GGUFError, TokenizerError, ModelError, DeviceError or RequestError.
-
-    >>> model = headrace.load("smollm2")
-    >>> model.generate("The capital of France is", max_tokens=8, temperature=0).text
-    """
-    device = choose_device(device, threads)
-    check_cache_type(cache_type, device)
-    path = hub.resolve(name, progress)
-    with _no_collections(), ExitStack() as meanwhile:
-        meanwhile.enter_context(opening(device))
-        # The tokeniser takes as long to build as the rest of a small model.
-        thread = meanwhile.enter_context(ThreadPoolExecutor(1, "headrace-tokenizer"))
-        with stage("header"):
-            file = open_gguf(path)
-        try:
-            text = thread.submit(_load_text, file.metadata, chat)
-            with stage("decoder described and weights checked", file.n_bytes):
-                decoder = load_decoder(file)
-            with stage("runner"):
-                runner = load_runner(
-                    decoder, device, threads, max_sequences,
-                    batch_invariant=batch_invariant, cache_type=cache_type,
-                )  # fmt: skip
-            try:
-                tokenizer, template = text.result()
-                n_pages = None if cache_tokens is None else pages_for(cache_tokens)
-                with stage("cache"):
-                    engine = Engine(
-                        runner, tokenizer,
-                        context=context, n_pages=n_pages, max_sequences=max_sequences,
-                    )  # fmt: skip
-            except BaseException:
-                runner.close()
-                raise
-        except BaseException:
-            file.close()
-            raise
-    return Model(file, engine, device, template)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """The merges of a vocabulary are some 200,000 tuples, none of them garbage, and the
-    collector would look for some again and again as they are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokeniser, built; and the chat template, starting, if it is wanted and there is one."""
-    with stage("vocabulary"):
-        tokenizer = Tokenizer.from_metadata(metadata)
-    template = None
-    if chat:
-        with suppress(TemplateError):  # asking for Model.chat_template raises it again
-            template = _load_template(metadata, tokenizer)
-            template.prepare()
-    with stage("tokeniser's encoder"):
-        tokenizer.prepare()
-    return tokenizer, template
-
-
-def _load_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
-    from headrace.text.template import ChatTemplate
-
-    return ChatTemplate.from_metadata(metadata, tokenizer)
-
-
 class Model:
     """A loaded model. Close it, or use it as a context manager, to release its memory.
 
@@ -219,7 +110,7 @@ class Model:
     def chat_template(self) -> ChatTemplate:
         """Raises TemplateError when the file has none."""
         if self._template is None:
-            self._template = _load_template(self._file.metadata, self.tokenizer)
+            self._template = load_template(self._file.metadata, self.tokenizer)
         return self._template
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:

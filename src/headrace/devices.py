@@ -1,4 +1,7 @@
-"""Which backend runs a model: the one place that knows all of them by name."""
+"""Which backend runs a model: the one place that knows all of them by name.
+
+Nothing large is imported before it is needed: a GPU is opened meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from headrace.backend import CACHED_BYTES, Runner
 from headrace.errors import DeviceError, RequestError
-from headrace.model.decoder import Decoder
 from headrace.stages import stage
 
 if TYPE_CHECKING:
-    from headrace.cuda.gpu import CUDAContext
+    from headrace.backend import Runner
+    from headrace.cuda.context import CUDAContext
+    from headrace.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def choose_device(device: str, threads: int | None = None) -> str:
 
 def _gpu_name() -> str | None:
     """The GPU that device ``"cuda"`` would use, or None if it would find none it can use."""
-    from headrace.cuda.gpu import usable_gpu
+    from headrace.cuda.context import usable_gpu
 
     return usable_gpu()
 
@@ -50,6 +53,8 @@ def _gpu_name() -> str | None:
 def check_cache_type(cache_type: str, device: str) -> None:
     """RequestError for a type of keys and values that there is not, DeviceError for one that a
     chosen device does not keep them as."""
+    from headrace.backend import CACHED_BYTES
+
     if cache_type not in CACHED_BYTES:
         raise RequestError(
             f"cache_type must be one of {', '.join(CACHED_BYTES)}, not {cache_type!r}"
@@ -63,15 +68,19 @@ def check_cache_type(cache_type: str, device: str) -> None:
 
 @contextmanager
 def opening(device: str) -> Iterator[None]:
-    """Begin to open ``device``, so that :func:`load_runner` need not wait as long for it.
+    """Begin to open ``device`` ("auto": the GPU, if there is one) and to import NVIDIA's packages,
+    so that :func:`load_runner` need not wait as long for them.
 
     Nothing is raised here if that fails: whoever needs the device will be told why.
     """
-    if device != "cuda":
+    from headrace.cuda.context import has_driver
+
+    if device not in ("auto", "cuda") or not has_driver():
         yield
         return
-    with ThreadPoolExecutor(1, "headrace-device") as thread:
-        context = thread.submit(_make_context)
+    with ThreadPoolExecutor(2, "headrace-device") as threads:
+        context = threads.submit(_make_context)
+        threads.submit(_import_bindings)
         try:
             yield
         finally:  # a runner that was loaded keeps it
@@ -80,10 +89,20 @@ def opening(device: str) -> Iterator[None]:
 
 
 def _make_context() -> CUDAContext:
-    with stage("context"):
-        from headrace.cuda.gpu import CUDAContext
+    from headrace.cuda.context import CUDAContext
 
+    with stage("context"):
         return CUDAContext()
+
+
+def _import_bindings() -> None:
+    """Nothing of headrace itself, nor NumPy: the other threads are importing those."""
+    with stage("bindings imported"):
+        from headrace.cuda import bindings
+        from headrace.cuda.compile import compiler_version
+
+        bindings.driver()
+        compiler_version()
 
 
 def load_runner(
@@ -107,9 +126,8 @@ def load_runner(
 
         return CPURunner(decoder, threads=threads)
     if device == "cuda":
-        with stage("backend imported"):
-            from headrace.cuda.gpu import CUDADevice
-            from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
+        from headrace.cuda.gpu import CUDADevice
+        from headrace.cuda.runner import MAX_ROWS, CUDARunner, best_options
 
         with stage("device opened, its context waited for"):
             gpu: Any = CUDADevice()

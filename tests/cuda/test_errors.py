@@ -90,7 +90,8 @@ def test_missing_and_misshapen_weights_are_named(decoder: Decoder) -> None:
 
 
 def test_no_usable_gpu_is_an_error_that_says_what_to_do() -> None:
-    from headrace.cuda.gpu import CUDADevice, device_count
+    from headrace.cuda.context import device_count
+    from headrace.cuda.gpu import CUDADevice
 
     with pytest.raises(DeviceError, match=r"are usable: check `nvidia-smi`.*--device cpu"):
         CUDADevice(index=device_count())
@@ -141,7 +142,7 @@ def test_packages_that_are_missing_are_asked_for(
     if missing == "cuda-core":
         monkeypatch.setattr(metadata, "version", _raise(PackageNotFoundError("cuda-core")))
     elif missing == "cuda.bindings":
-        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     else:
         from cuda.bindings import nvrtc
 

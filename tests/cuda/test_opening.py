@@ -12,10 +12,10 @@ from typing import ClassVar
 import pytest
 
 import headrace
-from headrace import api
-from headrace.cuda import gpu
+from headrace.cuda import context, gpu
 from headrace.cuda.host import HostDevice
 from headrace.errors import DeviceError, GGUFError
+from headrace.gguf import reader
 from headrace.synth import write_synthetic
 
 
@@ -54,11 +54,12 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             FakeContext.file_opened.set()
 
-    opened = api.open_gguf
-    monkeypatch.setattr(api, "open_gguf", open_gguf)
+    opened = reader.open_gguf
+    monkeypatch.setattr(reader, "open_gguf", open_gguf)
     for event in ("begun", "file_opened"):
         monkeypatch.setattr(FakeContext, event, threading.Event(), raising=False)
-    monkeypatch.setattr(gpu, "CUDAContext", FakeContext)
+    monkeypatch.setattr(context, "has_driver", lambda: True)
+    monkeypatch.setattr(context, "CUDAContext", FakeContext)
     monkeypatch.setattr(gpu, "CUDADevice", FakeGPU)
 
 
@@ -104,8 +105,8 @@ def test_the_garbage_collector_rests_meanwhile(
 
     other = tmp_path / "other.gguf"
     other.write_bytes(b"something else")
-    opened = api.open_gguf
-    monkeypatch.setattr(api, "open_gguf", open_gguf)
+    opened = reader.open_gguf
+    monkeypatch.setattr(reader, "open_gguf", open_gguf)
     try:
         (gc.enable if enabled else gc.disable)()
         with headrace.load(path, "cuda", context=64):
@@ -128,9 +129,8 @@ def test_what_a_load_took_is_logged(path: Path, caplog: pytest.LogCaptureFixture
         pass
     facts = {record.getMessage(): record.facts for record in caplog.records}
     assert facts.keys() == {
-        "header", "vocabulary", "tokeniser's encoder", "decoder described and weights checked",
-        "context", "backend imported", "device opened, its context waited for",
-        "matrices on the device", "runner", "cache",
+        "header", "vocabulary", "tokeniser's encoder", "decoder", "context", "bindings imported",
+        "device opened, its context waited for", "matrices on the device", "runner", "cache",
     }  # fmt: skip
     size = path.stat().st_size
     assert 0.9 * size < facts["matrices on the device"]["bytes"] < size
@@ -142,4 +142,4 @@ def test_what_failed_took_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     (tmp_path / "other.gguf").write_bytes(b"something else")
     with caplog.at_level(logging.DEBUG, "headrace.stages"), pytest.raises(GGUFError):
         headrace.load(tmp_path / "other.gguf", "cuda")
-    assert [record.getMessage() for record in caplog.records] == ["context"]
+    assert {record.getMessage() for record in caplog.records} == {"context", "bindings imported"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from headrace import api
+import headrace
 from headrace.engine.engine import Engine
 from headrace.serve.app import create_app
 from headrace.serve.service import Service
@@ -19,7 +19,7 @@ from headrace.serve.settings import Settings
 @pytest.fixture
 def client(tiny_path: Path) -> Iterator[TestClient]:
     settings = Settings(model=str(tiny_path), name="tiny", allowed_hosts=("testserver",))
-    service = Service(settings, lambda: api.load(tiny_path, "reference"))
+    service = Service(settings, lambda: headrace.load(tiny_path, "reference"))
     with TestClient(create_app(service)) as client:
         while client.get("/health/ready").status_code != 200:
             pass

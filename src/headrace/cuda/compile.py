@@ -13,19 +13,16 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from headrace.cuda import bindings
 from headrace.errors import DeviceError
 
 KERNELS = Path(__file__).parent / "kernels"
-
-_IMPORTING = threading.Lock()
-"""Threads that import the compiler at once see half of it."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +108,9 @@ def _cached(key_parts: Iterable[object], suffix: str, build: Callable[[], bytes]
 def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, str]:
     """Compile for ``arch`` ("75" … "90a", "120") with NVRTC, which needs no GPU: machine code, and
     the compiler's log."""
-    try:
-        with _IMPORTING:
-            from cuda.core import Program, ProgramOptions
-    except ImportError as cause:
-        raise _not_installed() from cause
+    core = bindings.core()
     number = int("".join(c for c in arch if c.isdigit()))
-    options = ProgramOptions(
+    options = core.ProgramOptions(
         std="c++17",
         arch=f"sm_{arch}",
         include_path=str(KERNELS),
@@ -128,7 +121,7 @@ def nvrtc(spec: Specialisation, arch: str) -> tuple[bytes, str]:
     )
     log = io.StringIO()
     try:
-        program = Program(spec.source.read_text(), code_type="c++", options=options)
+        program = core.Program(spec.source.read_text(), code_type="c++", options=options)
         code = bytes(program.compile("cubin", logs=log).code)
     except Exception as cause:
         raise DeviceError(
@@ -153,25 +146,15 @@ def resources(spec: Specialisation, arch: str) -> Resources:
 def compiler_version() -> str:
     """NVRTC's and cuda-core's. DeviceError without the Python packages.
 
-
     ``cuda.core`` is not imported for it, which takes long, and is of no use where all is cached.
     """
     from importlib import metadata
 
     try:
-        with _IMPORTING:
-            from cuda.bindings import nvrtc as library
-
-            compiler = library.nvrtcVersion()[1:]
+        compiler = bindings.nvrtc().nvrtcVersion()[1:]
         return f"{compiler} cuda-core {metadata.version('cuda-core')}"
     except (ImportError, RuntimeError) as cause:  # RuntimeError: there is no library to bind to
-        raise _not_installed() from cause
-
-
-def _not_installed() -> DeviceError:
-    return DeviceError(
-        "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
-    )
+        raise bindings.not_installed() from cause
 
 
 def cubin(spec: Specialisation, arch: str) -> bytes:

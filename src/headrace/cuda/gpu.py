@@ -3,104 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.cuda.compile import Specialisation, compiler_version, cubins
+from headrace.cuda import bindings
+from headrace.cuda.compile import Specialisation, cubins
+from headrace.cuda.context import OLDEST_ARCH, CUDAContext, arch, device_name
 from headrace.cuda.device import Counters, DeviceArray, Event, Graph, Launch
 from headrace.errors import DeviceError, DeviceMemoryError
 from headrace.stages import stage
-
-_INSTALL = "the CUDA backend needs NVIDIA's Python packages: pip install 'headrace[cuda]'"
-_OLDEST = 75
-
-
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as cause:
-        raise DeviceError(_INSTALL) from cause
-    return driver
 
 
 def _check(result: tuple[Any, ...], operation: str) -> Any:
     """The value of a driver call, or a DeviceError that names the operation and the cause."""
     status, *values = result
-    driver = _driver()
+    driver = bindings.driver()
     if status == driver.CUresult.CUDA_SUCCESS:
         return values[0] if len(values) == 1 else tuple(values)
     _, text = driver.cuGetErrorString(status)
     cause = text.decode() if text else str(status)
     kind = DeviceMemoryError if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else DeviceError
     raise kind(f"{operation}: {cause} ({status.name})")
-
-
-def device_count() -> int:
-    """Usable CUDA devices: 0 without a driver. Raises DeviceError without the Python packages."""
-    driver = _driver()
-    try:
-        status = driver.cuInit(0)[0]
-    except RuntimeError:  # the driver's library is not there
-        return 0
-    if status != driver.CUresult.CUDA_SUCCESS:
-        return 0
-    return int(_check(driver.cuDeviceGetCount(), "counting devices"))
-
-
-def usable_gpu() -> str | None:
-    """The name of the first GPU if :class:`CUDADevice` can use it and kernels can be compiled."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:  # no driver: answered without loading NVIDIA's packages
-        return None
-    try:
-        if device_count() == 0:
-            return None
-        compiler_version()
-        driver = _driver()
-        handle = _check(driver.cuDeviceGet(0), "device")
-        major = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        minor = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-        arch = 10 * _check(driver.cuDeviceGetAttribute(major, handle), "architecture")
-        arch += _check(driver.cuDeviceGetAttribute(minor, handle), "architecture")
-        return _name(driver, handle) if arch >= _OLDEST else None
-    except DeviceError:
-        return None
-
-
-def _name(driver: Any, handle: Any) -> str:
-    name: bytes = _check(driver.cuDeviceGetName(128, handle), "name")
-    return name.split(b"\0")[0].decode()
-
-
-class CUDAContext:
-    """The context of GPU ``index``, made unless it is there; it stays at least until :meth:`close`.
-
-    A :class:`CUDADevice` needs one and keeps it too. To make it takes the driver long, without
-    the GIL: whoever has other things to do makes it in a thread. Raises DeviceError.
-    """
-
-    _making = threading.Lock()  # the bindings find the driver's functions at the first call of one
-
-    def __init__(self, index: int = 0) -> None:
-        self.driver = driver = _driver()
-        with CUDAContext._making:
-            count = device_count()
-            if index >= count:
-                raise DeviceError(
-                    f"CUDA device {index} was asked for, and {count} are usable: check "
-                    "`nvidia-smi` and the driver, or use --device cpu"
-                )
-            self.device = _check(driver.cuDeviceGet(index), "device")
-            self.handle = _check(driver.cuDevicePrimaryCtxRetain(self.device), "context")
-
-    def close(self) -> None:
-        _check(self.driver.cuDevicePrimaryCtxRelease(self.device), "context")
 
 
 class CUDAGraph:
@@ -140,9 +66,9 @@ class CUDADevice:
     """GPU ``index`` of those CUDA_VISIBLE_DEVICES shows."""
 
     def __init__(self, index: int = 0) -> None:
+        self.driver = driver = bindings.driver()
         self._context: CUDAContext | None
         self._context = context = CUDAContext(index)
-        self.driver = driver = context.driver
         try:
             self._look_up(context.device)
             _check(driver.cuCtxSetCurrent(context.handle), "context")
@@ -157,21 +83,21 @@ class CUDADevice:
         self._prepared: dict[int, tuple[Launch, Any, Any, list[Any]]] = {}
         self._pinned: dict[int, int] = {}
 
-    def _look_up(self, device: Any) -> None:
+    def _look_up(self, device: int) -> None:
         driver = self.driver
 
         def get(name: str) -> int:
             key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
             return int(_check(driver.cuDeviceGetAttribute(key, device), name))
 
-        self.arch = 10 * get("COMPUTE_CAPABILITY_MAJOR") + get("COMPUTE_CAPABILITY_MINOR")
+        self.arch = arch(device)
         self.sm_count = get("MULTIPROCESSOR_COUNT")
         self.shared_limit = get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        self._name = _name(driver, device)
-        if self.arch < _OLDEST:
+        self._name = device_name(device)
+        if self.arch < OLDEST_ARCH:
             raise DeviceError(
                 f"{self._name} has compute capability {self.arch / 10}, and the kernels need "
-                f"{_OLDEST / 10} (Turing) or later: use --device cpu"
+                f"{OLDEST_ARCH / 10} (Turing) or later: use --device cpu"
             )
         # NVRTC's name of the architecture; Hopper's own instructions need the suffix.
         self.target = "90a" if self.arch == 90 else str(self.arch)

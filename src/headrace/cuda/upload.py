@@ -1,5 +1,5 @@
-"""A mapped file to the device: threads copy it into pinned memory, piece by piece, while the device
-fetches the pieces before.
+"""Weights to the device: threads read them into pinned memory, piece by piece, and see that they
+are finite, while the device fetches the pieces before.
 
 The driver copies from pageable memory by one thread, and the one that asks waits for it. From
 pinned memory the device's own engine copies at the speed of the bus, but to pin all of the file
@@ -19,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.cuda.device import Device, Launch
+from headrace.gguf.quants import check_rows_finite
+from headrace.gguf.reader import read_into
+from headrace.gguf.types import Tensor
 
 SLOT_BYTES = 8 << 20
 """A piece, about: large enough that queueing it is little of what copying it takes."""
@@ -35,10 +38,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes, and the kernel that takes them from an address of the device."""
+    """Rows of a tensor, and the kernel that takes them from an address of the device."""
 
-    data: NDArray[np.uint8]
+    tensor: Tensor
+    first: int
+    n_rows: int
     kernel: Callable[[int], Launch]
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.tensor.data[self.first : self.first + self.n_rows]
 
 
 class _Slot:
@@ -50,8 +59,11 @@ class _Slot:
         self.copied = device.event()
         undo.callback(self.copied.close)
 
-    def fill(self, data: NDArray[np.uint8]) -> None:
-        np.copyto(self._part(data.size).reshape(data.shape), data)
+    def fill(self, piece: Piece) -> None:
+        data = piece.data
+        memory = self._part(data.size).reshape(data.shape)
+        read_into(memory, data)
+        check_rows_finite(piece.tensor, piece.first, memory)
 
     def send(self, device: Device, address: int, n_bytes: int) -> None:
         device.upload_pinned(address, self._part(n_bytes))
@@ -68,7 +80,8 @@ def upload(
     other; wait for the last. ``progress`` is told the bytes of each piece.
 
     It takes ``most_bytes`` on the device meanwhile. However it ends, nothing runs on and no memory
-    is kept. Raises DeviceError, and what ``pieces`` and ``progress`` raise.
+    is kept. Raises DeviceError, GGUFError for weights that are not finite or no longer there, and
+    what ``pieces`` and ``progress`` raise.
     """
     with ExitStack() as memory:
         staging = device.allocate(most_bytes, "staging for weights")
@@ -96,6 +109,6 @@ def upload(
                     slots.append(_Slot(device, most_bytes, memory))
                 slot = slots[i % _SLOTS]
                 slot.copied.wait()
-                reading.append((piece, slot, threads.submit(slot.fill, piece.data)))
+                reading.append((piece, slot, threads.submit(slot.fill, piece)))
             while reading:
                 send()

@@ -17,7 +17,7 @@ from headrace.cuda.layout import PADDED_ROWS, TileLayout, rotary_rows
 from headrace.cuda.products import Matrix
 from headrace.cuda.upload import SLOT_BYTES, Piece, Progress, upload
 from headrace.errors import ModelError
-from headrace.gguf.quants import dequantize
+from headrace.gguf.quants import check_finite, dequantize
 from headrace.gguf.types import Tensor
 from headrace.model.decoder import Decoder
 from headrace.model.operations import (
@@ -112,7 +112,12 @@ class WeightIndex:
         self._vectors[name, order] = n
 
     def load(self, device: Device, progress: Progress | None = None) -> None:
-        """Copy and reorder everything; ``progress`` is told the bytes of each piece."""
+        """Copy and reorder everything; ``progress`` is told the bytes of each piece.
+
+        Raises DeviceError, and GGUFError for weights that are not finite or no longer there.
+        """
+        matrices = {name for name, _ in self._layouts}
+        check_finite(*(t for name, t in self._tensors.items() if name not in matrices))
         self._arena.allocate(device)
         n_bytes = sum(self._tensor(name).data.nbytes for name, _ in self._layouts)
         with stage("matrices on the device", n_bytes):
@@ -137,12 +142,12 @@ class WeightIndex:
             tensor, target = self._tensor(name), self._arena[_key("matrix", name, order)].address
             rows = _piece_rows(tensor, order)
             for first in range(0, layout.n, rows):
-                data = tensor.data[first : first + rows]
+                n_rows = min(rows, layout.n - first)
                 kernel = partial(
-                    reorder, layout, target=target, first_row=first, rows=len(data),
+                    reorder, layout, target=target, first_row=first, rows=n_rows,
                     head_dim=order.head_dim, rope_dim=order.rope_dim,
                 )  # fmt: skip
-                yield Piece(data, kernel)
+                yield Piece(tensor, first, n_rows, kernel)
 
     def _turns(self, rope: Rope) -> NDArray[np.float64]:
         """Turns per position of each rotary pair: inv_freq / 2π (see operations.Rope)."""

@@ -108,13 +108,13 @@ def check_finite(*tensors: Tensor) -> None:
         for first in range(0, len(tensor.data), rows)
     ]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "headrace-check") as threads:
-        for _ in threads.map(_check_rows, parts):  # in order, so the first fault is raised
+        # In order, so that the first fault is raised.
+        for _ in threads.map(lambda part: check_rows_finite(*part), parts):
             pass
 
 
-def _check_rows(part: tuple[Tensor, int, NDArray[np.uint8]]) -> None:
-    """:func:`check_finite` for the rows ``first …`` of a tensor."""
-    tensor, first, data = part
+def check_rows_finite(tensor: Tensor, first: int, data: NDArray[np.uint8]) -> None:
+    """As :func:`check_finite`, for ``data``, rows of ``tensor`` that begin with row ``first``."""
     if tensor.qtype in BLOCK_DTYPES:
         blocks = data.view(BLOCK_DTYPES[tensor.qtype])
         names = blocks.dtype.names or ()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import stat
+import weakref
 from collections.abc import Mapping
 from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
@@ -144,6 +146,14 @@ class GGUFFile:
         self.close()
 
 
+class _Mapping(mmap):
+    """Keeps its file open, to be read as well."""
+
+    def __init__(self, file: int, *_: object, **__: object) -> None:
+        self.file = os.dup(file)
+        weakref.finalize(self, os.close, self.file)
+
+
 class _Part:
     """One mapped file."""
 
@@ -154,7 +164,7 @@ class _Part:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise GGUFError(f"{path}: not a regular file")
             with path.open("rb") as file:
-                self.map = mmap(file.fileno(), 0, access=ACCESS_READ)
+                self.map = _Mapping(file.fileno(), 0, access=ACCESS_READ)
         except ValueError:
             raise GGUFError(f"{path}: header at offset 0: the file is empty") from None
         except OSError as error:
@@ -220,14 +230,42 @@ def let_go(data: NDArray[np.uint8]) -> None:
 
     They come back when they are read again. Data that no file is mapped behind is left alone.
     """
+    mapping, start = _mapped(data)
+    if mapping is None:
+        return
+    first, last = -(-start // PAGESIZE) * PAGESIZE, (start + data.size) // PAGESIZE * PAGESIZE
+    if first < last:
+        mapping.madvise(MADV_DONTNEED, first, last - first)
+
+
+def read_into(memory: NDArray[np.uint8], data: NDArray[np.uint8]) -> None:
+    """Copy a contiguous part of a mapped tensor to contiguous memory of its size.
+
+    It is read from the file: no page is mapped for it, which would take longer than to copy it, and
+    of a file truncated meanwhile comes a GGUFError and no signal.
+    """
+    mapping, start = _mapped(data)
+    if mapping is None or not hasattr(os, "preadv"):
+        np.copyto(memory, data)
+        return
+    done = 0
+    while done < data.size:
+        part = os.preadv(mapping.file, [memory.reshape(-1)[done:].data], start + done)
+        if part == 0:
+            raise GGUFError(
+                f"the file ends at {start + done} bytes, but was longer when it was opened; "
+                "fetch it again and reload the model"
+            )
+        done += part
+
+
+def _mapped(data: NDArray[np.uint8]) -> tuple[_Mapping | None, int]:
+    """The mapping that ``data`` is part of, if any, and where in the file it begins."""
     owner: object = data
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
-    if not isinstance(owner, mmap) or not data.size:
-        return
-    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-    first, last = -(-start // PAGESIZE) * PAGESIZE, (start + data.size) // PAGESIZE * PAGESIZE
-    if first < last:
-        owner.madvise(MADV_DONTNEED, first, last - first)
+    if not isinstance(owner, _Mapping) or not data.size:
+        return None, 0
+    return owner, data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data

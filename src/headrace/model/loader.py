@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from headrace.errors import ModelError
+from headrace.gguf.quants import check_finite
 from headrace.model.decoder import Decoder
 from headrace.model.families import FAMILIES
 from headrace.model.source import Source
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from headrace.gguf.reader import GGUFFile
 
 
-def load_decoder(file: GGUFFile) -> Decoder:
+def load_decoder(file: GGUFFile, *, check_weights: bool = True) -> Decoder:
     """The decoder ``file`` holds: configuration, operations and zero-copy weights.
+
+    check_weights: read all of the weights, to see that they are finite; False where a runner that
+    looks at them as it takes them (``CUDARunner``) gets the decoder.
 
     Raises ModelError when the architecture is not supported, a value is out of range, or a tensor
     is missing, mis-shaped or without a role; GGUFError when a weight's scale is not finite.
@@ -28,4 +32,7 @@ def load_decoder(file: GGUFFile) -> Decoder:
             f"headrace runs {', '.join(sorted(FAMILIES))}"
         )
     config, operations = family(source)
-    return Decoder(config, tuple(operations), MappingProxyType(source.finish()))
+    weights = source.finish()
+    if check_weights:
+        check_finite(*weights.values())
+    return Decoder(config, tuple(operations), MappingProxyType(weights))

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from headrace import api
+from headrace import loading
 from headrace.api import Model
 from headrace.engine.engine import DEFAULT_CONTEXT
 from headrace.errors import RequestError
@@ -28,7 +28,7 @@ logger = logging.getLogger("headrace.serve")
 def load_model(settings: Settings) -> Model:
     """The model that ``settings`` name, ready for chat."""
     context = settings.context or DEFAULT_CONTEXT
-    return api.load(
+    return loading.load(
         settings.model,
         settings.device,
         context=settings.context,
