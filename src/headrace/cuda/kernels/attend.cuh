@@ -77,7 +77,7 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
   }
 }
 
-// out[head, dim] = the splits' sums, weighted, in order. ready(): waits for the weights; the first sums are on their way then.
+// out[head, dim] = the splits' sums, weighted, in order. ready(): makes the weights; the first sums are on their way then.
 template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
   constexpr int AT_ONCE = 16;
   const int elements = heads * CACHE_DIM, first = 2 * thread;
@@ -276,8 +276,10 @@ DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* sha
   if (*is_last) {
     if (thread == 0) *arrived = 0;
     const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
-    join_weights(thread, a.partial_max_sum + at, heads, count, weights);
-    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums, sync);
+    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums, [&] {
+      join_weights(thread, a.partial_max_sum + at, heads, count, weights);
+      sync();
+    });
     sync();
     for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
   }
