@@ -129,6 +129,7 @@ def token_shape(decoder: Decoder, device: Device, tuning: Tuning = DEFAULTS) -> 
         "PARTIALS": partials,
         "GRID": len(units),
         "KEYS_AHEAD": 1,
+        "JOINED_AT_ONCE": 8,
     }
     return TokenShape(layers, constants, units, stages * (stage_bytes + 16) + rest)
 

@@ -54,39 +54,52 @@ DEVICE u32 float_to_brain(float f) {  // the nearest; f is finite
   return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 
-// Sixteen neighbouring lanes hold one group, a value each: stores value × gain as the reader wants it, and
-// the sum of the values' squares. Every lane of the warp must call; `live` lanes store.
-DEVICE void store_group(const Row& row, int column, float value, float gain, bool live) {
-  const float v = value * gain;
-  float largest = fabsf(v), squares = value * value;
+// 16 / N neighbouring lanes hold one group, N (one or two) neighbouring values each: stores value × gain as the reader wants
+// it, and the sum of the values' squares. Every lane of the warp must call; `live` lanes store.
+template <int N> DEVICE void store_group(const Row& row, int column, const float (&value)[N], const float (&gain)[N], bool live) {
+  float v[N], squares[N], largest = 0.f;
 #pragma unroll
-  for (int step = 4; step; step >>= 1) {
+  for (int n = 0; n < N; ++n) v[n] = value[n] * gain[n], squares[n] = value[n] * value[n], largest = fmaxf(largest, fabsf(v[n]));
+#pragma unroll
+  for (int step = 4 / N; step; step >>= 1) {
     if (!BRAIN) largest = fmaxf(largest, shuffle_xor(largest, step));
-    squares += shuffle_xor(squares, step);
+#pragma unroll
+    for (int n = 0; n < N; ++n) squares[n] += shuffle_xor(squares[n], step);
   }
-  squares += shuffle_xor(squares, 8);
+  if (N == 2) squares[0] += squares[N - 1];
+  squares[0] += shuffle_xor(squares[0], 8 / N);
+  const int group = column / GROUP, i = column % GROUP;
   if (BRAIN) {
     if (!live) return;
-    *row.brain_at(column) = (u16)float_to_brain(v);
-    if (row.squares && column % GROUP == 0) row.squares[column / GROUP] = squares;
+#pragma unroll
+    for (int n = 0; n < N; ++n) *row.brain_at(column + n) = (u16)float_to_brain(v[n]);
+    if (row.squares && i == 0) row.squares[group] = squares[0];
     return;
   }
   const u32 scale = float_to_brain(largest * (1.f / 127.f));
-  const float d = bits_to_float(scale << 16);
-  const int q = d > 1e-36f ? __float2int_rn(v * divide_near(1.f, d)) : 0;  // smaller ones count as 0: 1 / d must be finite
-  int sum = q;
+  const float d = bits_to_float(scale << 16), inverse = divide_near(1.f, d);
+  struct alignas(N) { signed char q[N]; } out;
+  int sum = 0;
 #pragma unroll
-  for (int step = 4; step; step >>= 1) sum += shuffle_xor(sum, step);
+  for (int n = 0; n < N; ++n) {
+    const int q = d > 1e-36f ? __float2int_rn(v[n] * inverse) : 0;  // smaller ones count as 0: 1 / d must be finite
+    out.q[n] = (signed char)q;
+    sum += q;
+  }
+#pragma unroll
+  for (int step = 4 / N; step; step >>= 1) sum += shuffle_xor(sum, step);
   float total = d * (float)sum;
-  total += shuffle_xor(total, 8);
-  const u32 other = shuffle_xor(scale, 8);
+  total += shuffle_xor(total, 8 / N);
+  const u32 other = shuffle_xor(scale, 8 / N);
   if (!live) return;
-  const int group = column / GROUP, i = column % GROUP;
-  ((signed char*)(row.quants + quant_slot(group)))[i] = (signed char)q;
+  *(decltype(out)*)((signed char*)(row.quants + quant_slot(group)) + i) = out;
   if (i == 0) {
     row.scales[scale_slot(group)] = make_uint2(scale | other << 16, float_to_bits(total));
-    if (row.squares) row.squares[group] = squares;
+    if (row.squares) row.squares[group] = squares[0];
   }
+}
+DEVICE void store_group(const Row& row, int column, float value, float gain, bool live) {
+  store_group<1>(row, column, {value}, {gain}, live);
 }
 
 // Rows of activations in device memory, from row `first` on: row t of each array but brain is `t × its width`

@@ -28,16 +28,19 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
   if (older && Held::IS) held.load(a.cache, page, target.kv_head, base);
   else if (any) prefetch(a.cache, page, target.kv_head, base);
   BEGIN(args);
+  float4 query = Held::IS ? query_of(a, target, warp) : float4{};
   if (any && !older) held.load(a.cache, page, target.kv_head, base);
-  u32* const arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
+#pragma unroll 1
   for (int split = first_split; split <= last; split += gridDim.y) {
     if (split != first_split) {
       range = range_of(target.splits, split, position);
       base = first_base(range, warp);
       page = page_of(base), next_page = page_of(base + STRIDE);
+      if (Held::IS) query = query_of(a, target, warp);
       if (base < range.high) held.load(a.cache, page, target.kv_head, base);
     }
     auto read = [&](Warp& w, const uint4* q) {
+#pragma unroll 1
       for (; base < range.high; base += STRIDE) {
         w.step(q, InMemory{a.cache, held, page, next_page, target.kv_head, base, base + STRIDE, range.high}, base, range.low, range.high);
         page = next_page, next_page = page_of(base + 2 * STRIDE);
@@ -45,9 +48,10 @@ KERNEL(ATTEND_WARPS * 32, 1) attend(ARGS(AttendArgs, args)) {
     };
     Target now = target;  // registers are few: what follows from these is worked out here, not before the loop
     now.splits.count = kept(now.splits.count);
-    if (Held::IS) now.row = kept(now.row), now.first_head = kept(now.first_head);
-    if (Held::IS && HEAD_TILES > 1) now.heads = kept(now.heads);
-    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);
+    if (Held::IS) now.row = kept(now.row), now.first_head = kept(now.first_head), now.heads = kept(now.heads);
+    u32* const arrived = a.arrived + kept(blockIdx.z) * gridDim.x + blockIdx.x;
+    auto query_at = [&](int i) { return Held::IS && i == warp ? query : query_of(a, now, i); };
+    attend_split(a, now, query_at, split, shared, arrived, threadIdx.x, read, sync_block);
   }
 }
 HOST_ENTRY(attend, AttendArgs)

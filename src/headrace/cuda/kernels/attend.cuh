@@ -10,7 +10,7 @@
 // grid and whoever else is in the step.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16; the cache pads it to one of 32), SCALE, WINDOW (0: none), SOFTCAP (0: none),
-// SPLIT (positions, at least; a multiple of 64), MAX_SPLITS, ATTEND_WARPS; KEYS_AHEAD if registers are few (attend_f16.cuh).
+// SPLIT (positions, at least; a multiple of 64), MAX_SPLITS, ATTEND_WARPS; if registers are few, JOINED_AT_ONCE, and KEYS_AHEAD (attend_f16.cuh).
 #pragma once
 #include "activations.cuh"
 #include "kv_cache.cuh"
@@ -21,6 +21,9 @@ constexpr float LOG2_E = 1.44269504f, SCORE_SCALE = SOFTCAP > 0.f ? SCALE : SCAL
 constexpr int FRAGMENTS = CACHE_DIM / 16;  // of q: 16 dims each
 constexpr int MOST_HEADS = GROUP_HEADS < TILE ? GROUP_HEADS : TILE;  // at a time
 constexpr bool PACKED = MOST_HEADS <= 4;
+#ifndef JOINED_AT_ONCE
+#define JOINED_AT_ONCE 16  // splits
+#endif
 constexpr int ATTEND_BYTES = FRAGMENTS * 512 + ATTEND_WARPS * MOST_HEADS * (CACHE_DIM + 2) * 4 + MOST_HEADS * MAX_SPLITS * 4 + 16;
 
 struct Attention {
@@ -77,23 +80,32 @@ DEVICE void join_weights(int thread, const float2* max_sum, int heads, int count
   }
 }
 
-// out[head, dim] = the splits' sums, weighted, in order. ready(): makes the weights; the first sums are on their way then.
-template <class Ready> DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, float* out, Ready&& ready) {
-  constexpr int AT_ONCE = 16;
-  const int elements = heads * CACHE_DIM, first = 2 * thread;
+// The outputs of `heads` heads, [heads, CACHE_DIM]: a thread has two neighbouring ones at a time, from 2 × thread on. All
+// lanes of a warp go on together; those beyond the last repeat it.
+template <class Do> DEVICE void outputs(int thread, int heads, Do&& each) {
+  const int count = heads * CACHE_DIM;
+#pragma unroll 1
+  for (int i = 2 * thread; i < (count + 63) / 64 * 64; i += 2 * ATTEND_WARPS * 32) each(min(i, count - 2), i < count);
+}
+
+// finish(i, outputs, live): the splits' sums, weighted, in order. ready(): makes the weights; the first sums are on their
+// way then.
+template <class Ready, class Finish>
+DEVICE void join(int thread, const float* partial, int heads, int count, const float* weights, Ready&& ready, Finish&& finish) {
+  constexpr int AT_ONCE = JOINED_AT_ONCE;
   float2 x[AT_ONCE];
-  auto place = [&](int i) { return partial + (u64)(i / CACHE_DIM) * MAX_SPLITS * CACHE_DIM + i % CACHE_DIM; };
   auto load = [&](int i, int from) {
+    const float* const sums = partial + ((u64)(i / CACHE_DIM) * MAX_SPLITS + from) * CACHE_DIM + i % CACHE_DIM;
 #pragma unroll
     for (int s = 0; s < AT_ONCE; ++s)
-      if (i < elements && from + s < count) x[s] = load_fresh((const float2*)(place(i) + (from + s) * CACHE_DIM));
+      if (from + s < count) x[s] = load_fresh((const float2*)(sums + s * CACHE_DIM));
   };
+  const int first = min(2 * thread, heads * CACHE_DIM - 2);
   load(first, 0);
   ready();
-#pragma unroll 1
-  for (int i = first; i < elements; i += 2 * ATTEND_WARPS * 32) {
-    if (i > first) load(i, 0);
-    float2 v = {0.f, 0.f};
+  outputs(thread, heads, [&](int i, bool live) {
+    if (i != first) load(i, 0);
+    float v[2] = {};
 #pragma unroll 1
     for (int from = 0; from < count; from += AT_ONCE) {
       if (from) load(i, from);
@@ -101,11 +113,11 @@ template <class Ready> DEVICE void join(int thread, const float* partial, int he
       for (int s = 0; s < AT_ONCE; ++s) {
         if (from + s >= count) break;
         const float w = weights[i / CACHE_DIM * MAX_SPLITS + from + s];
-        v.x = fmaf(x[s].x, w, v.x); v.y = fmaf(x[s].y, w, v.y);
+        v[0] = fmaf(x[s].x, w, v[0]), v[1] = fmaf(x[s].y, w, v[1]);
       }
     }
-    *(float2*)(out + i) = v;
-  }
+    finish(i, v, live);
+  });
 }
 
 // Two floats as f16 pairs: rounded, and the rest.
@@ -213,74 +225,79 @@ struct Target {
   }
 };
 
-// One split of a target, by the ATTEND_WARPS warps of which `thread` is one. read(w, q) takes the thread's warp's steps.
-// shared: ATTEND_BYTES. arrived: the target's own, zero between launches. sync(): their barrier.
-template <class Read, class Sync>
-DEVICE void attend_split(const Attention& a, const Target& t, int split, u8* shared, u32* arrived, int thread, Read&& read, Sync&& sync) {
+// Four values of q of a target, as a lane has them of fragment i; nobody's are 0.
+DEVICE float4 query_of(const Attention& a, const Target& t, int i) {
+  const int line = lane_now() >> 2, quad = lane_now() & 3, head = PACKED ? line % 4 : line, dim = 32 * (i >> 1) + 8 * quad + 4 * (i & 1);
+  if (i >= FRAGMENTS || head >= t.heads || dim >= HEAD_DIM) return {0.f, 0.f, 0.f, 0.f};
+  return load_fresh((const float4*)(a.q + ((u64)t.row * HEADS + t.first_head + head) * HEAD_DIM + dim));
+}
+
+// One split of a target, by the ATTEND_WARPS warps of which `thread` is one. query(i): as query_of(). read(w, q) takes the
+// thread's warp's steps. shared: ATTEND_BYTES. arrived: the target's own, zero between launches. sync(): their barrier.
+template <class Query, class Read, class Sync>
+DEVICE void attend_split(const Attention& a, const Target& t, Query&& query, int split, u8* shared, u32* arrived, int thread, Read&& read, Sync&& sync) {
   const int row = t.row, first_head = t.first_head, heads = t.heads, count = t.splits.count;
   uint4* const q = (uint4*)shared;                                 // [FRAGMENTS, lane]
   float* const sums = (float*)(q + FRAGMENTS * 32);                // [ATTEND_WARPS, MOST_HEADS, CACHE_DIM]
   float2* const max_sums = (float2*)(sums + ATTEND_WARPS * MOST_HEADS * CACHE_DIM);  // [ATTEND_WARPS, MOST_HEADS]
   float* const weights = (float*)(max_sums + ATTEND_WARPS * MOST_HEADS);             // [MOST_HEADS, MAX_SPLITS]
   int* const is_last = (int*)(weights + MOST_HEADS * MAX_SPLITS);
-  const int lane = thread & 31, warp = thread >> 5, line = lane >> 2, quad = lane & 3;
+  const int warp = thread >> 5;
   for (int i = warp; i < FRAGMENTS; i += ATTEND_WARPS) {
-    float4 v = {0.f, 0.f, 0.f, 0.f};
-    const int dim = 32 * (i >> 1) + 8 * quad + 4 * (i & 1);
-    const int head = PACKED ? line % 4 : line;
-    if (head < heads && dim < HEAD_DIM)
-      v = load_fresh((const float4*)(a.q + ((u64)row * HEADS + first_head + head) * HEAD_DIM + dim));
+    const float4 v = query(i);
     uint4 fragment;
     split_halves(v.x * SCORE_SCALE, v.y * SCORE_SCALE, fragment.x, fragment.y);
     split_halves(v.z * SCORE_SCALE, v.w * SCORE_SCALE, fragment.z, fragment.w);
-    q[i * 32 + lane] = fragment;
+    q[i * 32 + lane_now()] = fragment;
   }
   sync();
   Warp w;
   read(w, q);
   w.sum += shuffle_xor(w.sum, 1);
   w.sum += shuffle_xor(w.sum, 2);
-  if (quad == 0 && line < MOST_HEADS) max_sums[warp * MOST_HEADS + line] = make_float2(w.largest, w.sum);
+  const int lane = lane_now();
+  if (lane % 4 == 0 && lane / 4 < MOST_HEADS) max_sums[warp * MOST_HEADS + lane / 4] = make_float2(w.largest, w.sum);
   w.store(sums + warp * MOST_HEADS * CACHE_DIM);
   sync();
   const Row out = a.out.row<HEADS * HEAD_DIM>(row);
-  auto finish = [&](int head, int dim, float v) {
-    const int column = (first_head + head) * HEAD_DIM + dim;
-    const bool live = dim < HEAD_DIM;
-    if (live && out.values) out.values[column] = v;
-    store_group(out, column, v, 1.f, live);
+  auto finish = [&](int i, const float (&v)[2], bool live) {
+    const int dim = i % CACHE_DIM, column = (first_head + i / CACHE_DIM) * HEAD_DIM + dim;
+    live = live && dim < HEAD_DIM;
+    if (live && out.values) *(float2*)(out.values + column) = make_float2(v[0], v[1]);
+    store_group<2>(out, column, v, {1.f, 1.f}, live);
   };
-  for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) {
+  const u64 first = ((u64)row * HEADS + first_head) * MAX_SPLITS;
+  outputs(thread, heads, [&](int i, bool live) {
     const int head = i / CACHE_DIM, dim = i % CACHE_DIM;
-    float largest = -INFINITY, sum = 0.f, v = 0.f;
+    float largest = -INFINITY, sum = 0.f, v[2] = {};
 #pragma unroll
     for (int k = 0; k < ATTEND_WARPS; ++k) largest = fmaxf(largest, max_sums[k * MOST_HEADS + head].x);
 #pragma unroll
     for (int k = 0; k < ATTEND_WARPS; ++k) {
-      const float2 m = max_sums[k * MOST_HEADS + head];
+      const float2 m = max_sums[k * MOST_HEADS + head], x = *(const float2*)(sums + k * MOST_HEADS * CACHE_DIM + i);
       const float scale = exp2_near(m.x - largest);
       sum = fmaf(m.y, scale, sum);
-      v = fmaf(sums[(k * MOST_HEADS + head) * CACHE_DIM + dim], scale, v);
+      v[0] = fmaf(x.x, scale, v[0]), v[1] = fmaf(x.y, scale, v[1]);
     }
-    if (count == 1) finish(head, dim, v / sum);
-    else {
-      const u64 at = ((u64)row * HEADS + first_head + head) * MAX_SPLITS + split;
-      a.partial[at * CACHE_DIM + dim] = v;
+    if (count == 1) {
+      v[0] /= sum, v[1] /= sum;
+      finish(i, v, live);
+    } else {
+      const u64 at = first + head * MAX_SPLITS + split;
+      *(float2*)(a.partial + at * CACHE_DIM + dim) = make_float2(v[0], v[1]);
       if (dim == 0) a.partial_max_sum[at] = make_float2(largest, sum);
     }
-  }
+  });
   if (count == 1) return;
   sync();
   if (thread == 0) *is_last = atomic_add_ordered(arrived, 1) == (u32)count - 1;
   sync();
   if (*is_last) {
     if (thread == 0) *arrived = 0;
-    const u64 at = ((u64)row * HEADS + first_head) * MAX_SPLITS;
-    join(thread, a.partial + at * CACHE_DIM, heads, count, weights, sums, [&] {
-      join_weights(thread, a.partial_max_sum + at, heads, count, weights);
+    auto make_weights = [&] {
+      join_weights(thread, a.partial_max_sum + first, heads, count, weights);
       sync();
-    });
-    sync();
-    for (int i = thread; i < heads * CACHE_DIM; i += ATTEND_WARPS * 32) finish(i / CACHE_DIM, i % CACHE_DIM, sums[i]);
+    };
+    join(thread, a.partial + first * CACHE_DIM, heads, count, weights, make_weights, finish);
   }
 }

@@ -6,9 +6,9 @@
 //   Residual  x[row, n] += y; quantises x∘gain for the next operation.
 //   Product   activation(gate) × up (ACTIVATION: SILU or GELU_TANH), quantised for the down matmul.
 //
-// What an output needs from memory is loaded into a Ready before the dot products, so that the loads'
-// latency hides behind them: prepare() before the previous kernel has ended, for what no kernel of this
-// step writes (weights, positions, pages), fetch() after.
+// What an output needs from memory is asked for before the dot products, into a Ready, so that the loads' latency hides
+// behind them, and nothing waits for it early: prepare() before the previous kernel has ended, for what no kernel of this
+// step writes (weights, positions), fetch() after, settle() when x is there, for what follows from those.
 #pragma once
 #include "activations.cuh"
 #include "epilogue_names.cuh"
@@ -19,6 +19,7 @@ template <int A, int B, int C> struct Store {
   float* y;  // [rows, A + B + C]
   DEVICE Ready prepare(int, int, int, bool) const { return {}; }
   DEVICE void fetch(Ready&, int, int, bool) const {}
+  DEVICE void settle(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready&, int row, int segment, int n, float v, bool live) const {
     if (!live) return;
     v *= LOGIT_SCALE;
@@ -32,29 +33,35 @@ template <int A, int B, int C> struct Store {
 #include "kv_cache.cuh"
 template <int N> struct Rotary {
   struct Ready {
+    int position, slot;
+    double turns;
     Rotation rotation;
-    Spot spot;  // where k or v goes
+    u64 page;  // where k or v goes
   };
   float* q;  // [rows, N], rotated
   Cache cache;
   const double* turns;
   DEVICE Ready prepare(int row, int segment, int n, bool live) const {
-    if (!live) return {};
-    const int position = load_fresh(cache.positions + row), head = n / HEAD_DIM, dim = n % HEAD_DIM;
-    Ready r = {{1.f, 0.f}, {}};
-    if (segment < 2) r.rotation = rotation(dim, position, turns);
-    if (segment > 0) {
-      const u64 page = cache.page(load_fresh(cache.slots + row), position);
-      r.spot = segment == 1 ? cache.key_spot(page, head, position, dim) : cache.value_spot(page, head, position, dim);
-    }
+    Ready r = {};
+    if (!live) return r;
+    r.position = load_fresh(cache.positions + row);
+    if (segment < 2) r.turns = turns_of(n % HEAD_DIM, turns);
+    if (segment > 0) r.slot = load_fresh(cache.slots + row);
     return r;
   }
   DEVICE void fetch(Ready&, int, int, bool) const {}
+  DEVICE void settle(Ready& r, int segment, int n, bool live) const {
+    if (!live) return;
+    if (segment > 0) r.page = cache.page(r.slot, r.position);
+    if (segment < 2) r.rotation = rotation(n % HEAD_DIM, r.position, r.turns);
+  }
   DEVICE void finish(const Ready& r, int row, int segment, int n, float v, bool live) const {
     const float partner = shuffle_xor(v, 1);
     if (segment < 2) v = rotate(v, partner, r.rotation);
     if (live && segment == 0) q[(u64)row * N + n] = v;
-    store_cached(r.spot, 1, {v}, n % CACHE_GROUP == 0, live && segment > 0);
+    const int head = n / HEAD_DIM, dim = n % HEAD_DIM;
+    const Spot spot = segment == 1 ? cache.key_spot(r.page, head, r.position, dim) : cache.value_spot(r.page, head, r.position, dim);
+    store_cached(spot, 1, {v}, n % CACHE_GROUP == 0, live && segment > 0);
   }
 };
 #endif
@@ -67,6 +74,7 @@ template <int N> struct Residual {
   DEVICE void fetch(Ready& r, int row, int n, bool live) const {
     if (live) r.residual = load_fresh(x.row<N>(row).values + n);
   }
+  DEVICE void settle(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready& ready, int row, int, int n, float v, bool live) const {
     const Row r = x.row<N>(row);
     v = live ? v + ready.residual : 0.f;
@@ -81,6 +89,7 @@ template <int N> struct Product {
   Rows hidden;
   DEVICE Ready prepare(int, int, int, bool) const { return {}; }
   DEVICE void fetch(Ready&, int, int, bool) const {}
+  DEVICE void settle(Ready&, int, int, bool) const {}
   DEVICE void finish(const Ready&, int row, int n, float gate, float up, bool live) const {
     const float v = activated(gate, up);
     const Row r = hidden.row<N>(row);

@@ -108,9 +108,10 @@ struct Rotation { float cosine, sine; };
 // Of dimension `dim` of a head. Rows of q and k are laid out at load so that a pair is always
 // (2i, 2i + 1): turns[i] = inv_freq[i] / 2π. The product is taken in double and reduced to one turn: a
 // float angle is wrong by 0.01 at position 100,000.
-DEVICE Rotation rotation(int dim, int position, const double* turns) {
+DEVICE double turns_of(int dim, const double* turns) { return dim < ROPE_DIM ? turns[dim >> 1] : 0.0; }
+DEVICE Rotation rotation(int dim, int position, double turns) {
   if (dim >= ROPE_DIM) return {1.f, 0.f};
-  const double t = position * turns[dim >> 1];
+  const double t = position * turns;
   float s, c;
   sincos_turns((float)(t - rint(t)), &s, &c);
   return {MAGNITUDE * c, dim & 1 ? MAGNITUDE * s : -MAGNITUDE * s};

@@ -108,6 +108,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
     const float v = norm.inverse_rms(EPS);
     if (lane == 0) inverse_rms[normed] = v;
   }
+  a.out.settle(ready, mine.segment, mine.n, mine.live);
   const X x = x_at<K, ROWS, FLOAT_ACTIVATIONS>(x_memory);
 
   int t = warp;
@@ -145,6 +146,7 @@ KERNEL(WARPS * 32, 1) matvec(ARGS(MatvecArgs, a)) {
         mine = Cuts::output(unit, units, rows, i);
         ready = a.out.prepare(first_row + mine.row, mine.segment, mine.n, mine.live);
         a.out.fetch(ready, first_row + mine.row, mine.n, mine.live);
+        a.out.settle(ready, mine.segment, mine.n, mine.live);
         bias = bias_of(a, mine);
       }
 #if PAIRED

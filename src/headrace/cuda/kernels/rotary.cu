@@ -43,8 +43,8 @@ KERNEL(32, 1) rotary(ARGS(RotaryArgs, a)) {
     if (live && normed) x *= inverse * gain[dim], y *= inverse * gain[dim + 1];
     const float x0 = x;
     if (is_q || is_k) {
-      x = rotate(x0, y, rotation(dim, position, a.turns));
-      y = rotate(y, x0, rotation(dim + 1, position, a.turns));
+      x = rotate(x0, y, rotation(dim, position, turns_of(dim, a.turns)));
+      y = rotate(y, x0, rotation(dim + 1, position, turns_of(dim, a.turns)));
     }
     if (is_q) {
       if (live) *(float2*)(a.q + ((u64)row * HEADS + slot_head) * HEAD_DIM + dim) = make_float2(x, y);

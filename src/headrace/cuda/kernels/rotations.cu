@@ -17,7 +17,7 @@ KERNEL(256, 1) rotations(ARGS(RotationsArgs, a)) {
   BEGIN(a);
   const int i = blockIdx.x * 256 + threadIdx.x, row = i / PAIRS, pair = i % PAIRS;
   if (row >= a.n_rows) return;
-  const Rotation r = rotation(2 * pair + 1, load_fresh(a.positions + row), a.turns);
+  const Rotation r = rotation(2 * pair + 1, load_fresh(a.positions + row), a.turns[pair]);
   a.out[i] = make_float2(r.cosine, r.sine);
 }
 HOST_ENTRY(rotations, RotationsArgs)

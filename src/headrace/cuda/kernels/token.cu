@@ -240,7 +240,10 @@ DEVICE void product(int op, const Shared& s, const Layer& layer, const Units& un
     if (op == QKV) ready.rotary = rotary.prepare(0, mine.segment, mine.n, mine.live);
     else if (op != GATE_UP) ready.residual = residual.prepare(0, mine.segment, mine.n, mine.live);
   };
-  auto fetch = [&] { if (op == OUT || op == DOWN) residual.fetch(ready.residual, 0, mine.n, mine.live); };
+  auto fetch = [&] {
+    if (op == QKV) rotary.settle(ready.rotary, mine.segment, mine.n, mine.live);
+    else if (op != GATE_UP) residual.fetch(ready.residual, 0, mine.n, mine.live);
+  };
   prepare(threadIdx.x);
   grid.wait();
   fetch();
@@ -301,7 +304,7 @@ DEVICE void attend(const Attention& a, const Shared& s, Grid& grid, u32& n) {
     const Range range = range_of(target.splits, split, target.position);
     auto read = [&](Warp& w, const uint4* q) { read_ring(w, q, s.stages, n, range, warp); };
     if (warp < ATTEND_WARPS)
-      attend_split(a, target, split, s.work, a.arrived + item % HEADS_APART, thread, read, [] { sync_threads(2, ATTEND_WARPS * 32); });
+      attend_split(a, target, [&](int i) { return query_of(a, target, i); }, split, s.work, a.arrived + item % HEADS_APART, thread, read, [] { sync_threads(2, ATTEND_WARPS * 32); });
     n += stages_of(range);
   }
   grid.arrive();
