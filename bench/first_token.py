@@ -7,8 +7,10 @@
 
 Runs the program five times as it is found compiled, then once with an empty cache, as on the day it
 is installed. Beside it: how long the file takes to be read, from the page cache, by one thread into
-one buffer. Peak memory is the largest resident set that the system saw, page cache of the weights
-included. With --stages one more run shows what the wait consists of, and what runs beside what.
+one buffer. Both the program's whole wait is told, and that from its call of ``headrace.load`` on,
+with what that imports. Peak memory is the largest resident set that the
+system saw, page cache of the weights included. --stages shows what the last of the five waits
+consisted of, and what ran beside what.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,28 +44,6 @@ def raw_read(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def first_token(
-    path: Path, device: str, cache: Path, program: Sequence[str] = ("-m", "headrace")
-) -> float:
-    """Seconds to the first byte on stdout of a program whose kernels are in ``cache``."""
-    command = [sys.executable, *program, "run", str(path), PROMPT, "-n", "32"]
-    command += ["--device", device]
-    start = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HEADRACE_CACHE": str(cache)},
-    ) as process:
-        assert process.stdout is not None
-        arrived = process.stdout.read(1)
-        seconds = time.perf_counter() - start
-        process.stdout.read()
-    if not arrived or process.returncode:
-        sys.exit(f"headrace run ended with status {process.returncode}")
-    return seconds
-
-
 _TRACED = """
 import logging, sys
 from headrace.serve.logs import JSONLines
@@ -77,25 +57,54 @@ main()
 """
 
 
-def stages(path: Path, device: str, cache: Path) -> list[dict[str, Any]]:
-    """One run's stages in the order they began in: ``event``, and from the start of the program
-    ``begin`` and ``end``, seconds; ``bytes`` of those that pass over many."""
+@dataclass(frozen=True)
+class Wait:
+    """Of one run: seconds to the first byte on stdout, and the stages that ended before it, in the
+    order they began in: ``event``, and from the start of the program ``begin`` and ``end``,
+    seconds; ``bytes`` of those that pass over many."""
+
+    seconds: float
+    stages: list[dict[str, Any]]
+
+    @property
+    def from_load(self) -> float:
+        return self.seconds - min(one["begin"] for one in self.stages if one["event"] == "load")
+
+
+def first_token(path: Path, device: str, cache: Path) -> Wait:
+    """Of a program whose kernels are in ``cache``."""
     with tempfile.NamedTemporaryFile() as log:
-        begin = time.time()
-        first = first_token(path, device, cache, ["-c", _TRACED, log.name])
+        command = [sys.executable, "-c", _TRACED, log.name, "run", str(path), PROMPT, "-n", "32"]
+        command += ["--device", device]
+        begin, start = time.time(), time.perf_counter()
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"HEADRACE_CACHE": str(cache)},
+        ) as process:
+            assert process.stdout is not None
+            arrived = process.stdout.read(1)
+            seconds = time.perf_counter() - start
+            process.stdout.read()
+        if not arrived or process.returncode:
+            sys.exit(f"headrace run ended with status {process.returncode}")
         records = [json.loads(line) for line in log.read().splitlines()]
     found = []
     for record in records:
         end = datetime.fromisoformat(record.pop("time")).timestamp() - begin
-        if end < first:
+        if end < seconds:
             found.append(record | {"begin": end - record.pop("seconds"), "end": end})
     found.sort(key=lambda one: one["begin"])
-    loaded = max(one["end"] for one in found if "kernels" not in one["event"])
-    return [
-        {"event": "interpreter, imports, options", "begin": 0.0, "end": found[0]["begin"]},
-        *found,
-        {"event": "prompt, first token", "begin": loaded, "end": first},
-    ]
+    loaded = max(one["end"] for one in found if one["event"] == "load")
+    return Wait(
+        seconds,
+        [
+            {"event": "interpreter, imports, options", "begin": 0.0, "end": found[0]["begin"]},
+            *found,
+            {"event": "prompt, first token", "begin": loaded, "end": seconds},
+        ],
+    )
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -110,31 +119,41 @@ def main() -> None:
     parser.add_argument("model", help="a path or a name headrace knows")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repetitions", "-r", type=int, default=5)
-    parser.add_argument("--stages", action="store_true", help="of one more run")
+    parser.add_argument("--stages", action="store_true", help="of the last of them")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     path = hub.resolve(arguments.model)
     device, cache, times = arguments.device, hub.cache_dir(), range(arguments.repetitions)
     first_token(path, device, cache)  # compiled from here on
-    seconds, reads = zip(
+    waits, reads = zip(
         *((first_token(path, device, cache), raw_read(path)) for _ in times), strict=True
     )
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     with tempfile.TemporaryDirectory() as empty:
-        first_run = first_token(path, device, Path(empty))
-    found = stages(path, device, cache) if arguments.stages else []
+        first_run = first_token(path, device, Path(empty)).seconds
+    seconds, from_load = [one.seconds for one in waits], [one.from_load for one in waits]
     if arguments.json:
-        facts = {"model": arguments.model, "seconds": seconds, "first_run_seconds": first_run}
-        facts |= {"device": device, "raw_read_seconds": reads}
-        facts |= {"stages": found} if found else {}
-        print(json.dumps(facts | {"size": path.stat().st_size, "peak_resident_bytes": peak}))
+        facts = {
+            "model": arguments.model,
+            "device": device,
+            "size": path.stat().st_size,
+            "seconds": seconds,
+            "from_load_seconds": from_load,
+            "raw_read_seconds": reads,
+            "first_run_seconds": first_run,
+            "peak_resident_bytes": peak,
+        }
+        print(json.dumps(facts | ({"stages": waits[-1].stages} if arguments.stages else {})))
         return
-    median, read = statistics.median(seconds), statistics.median(reads)
-    print(f"first token {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
-    print(f"the file alone {read:.2f} s: the first token takes {median / read:.2f} times as long")
+    read = statistics.median(reads)
+    for what, of in (("first token", seconds), ("from load() on", from_load)):
+        median = statistics.median(of)
+        print(f"{what} {median:.2f} s ({min(of):.2f} to {max(of):.2f})", end="")
+        print(f", {median / read:.2f} times as long as to read the file ({read:.2f} s)")
     print(f"first token of the very first run, compiling {first_run:.1f} s")
     print(f"peak resident memory {peak / 1e6:.0f} MB, file {path.stat().st_size / 1e6:.0f} MB")
-    show(found)
+    if arguments.stages:
+        show(waits[-1].stages)
 
 
 if __name__ == "__main__":

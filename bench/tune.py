@@ -46,7 +46,7 @@ CANDIDATES: dict[str, Sequence[Any]] = {
     "attend_warps": (4, 8),
     "attend_split": (128, 256, 512),
     "matvec_warps": (12, 16, 24),
-    "matvec_stages": (1, 2, 3),
+    "matvec_stages": (2, 3, 4),
     "matvec_early": (0, 1, 2),
     "matvec_exclusive": (False, True),
     "few_first": (2, 3, 4),

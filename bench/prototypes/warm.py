@@ -68,7 +68,11 @@ def main() -> None:
             logits = device.download(runner.executor.lowering.arena["logits"])[0]
             graph.close()
             equal = np.array_equal(results.setdefault(depth, logits), logits)
-            print(f"{name:20} {depth:6} {us['median']:.0f} ({us['low']:.0f} to {us['high']:.0f})", "bit-equal" if equal else "DIFFERENT", flush=True)
+            print(
+                f"{name:20} {depth:6} {us['median']:.0f} ({us['low']:.0f} to {us['high']:.0f})",
+                "bit-equal" if equal else "DIFFERENT",
+                flush=True,
+            )
 
 
 main()

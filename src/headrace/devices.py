@@ -6,7 +6,7 @@ Nothing large is imported before it is needed: a GPU is opened meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -108,13 +108,15 @@ def _import_bindings() -> None:
 def load_runner(
     decoder: Decoder, device: str, threads: int | None = None, max_sequences: int = 1,
     *, batch_invariant: bool = False, cache_type: str = "f16",
+    progress: Callable[[int], None] | None = None,
 ) -> Runner:  # fmt: skip
     """Load ``decoder`` on ``device``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
     ``max_sequences``: as many at least generate in one step. ``batch_invariant``: a sequence is the
     same, bit for bit, however many others generate beside it; a GPU takes one way for all numbers
     of rows then, and is slower for few. The CPU has but one way. ``cache_type``: keys and values
-    as ``"f16"``, or on a GPU ``"q8_0"``, in about half the memory.
+    as ``"f16"``, or on a GPU ``"q8_0"``, in about half the memory. ``progress`` is told the bytes
+    of weights as they go to a GPU.
     """
     check_cache_type(cache_type, device)
     if device == "reference":
@@ -133,7 +135,9 @@ def load_runner(
             gpu: Any = CUDADevice()
         rows = max(MAX_ROWS, max_sequences)
         options = best_options(gpu, batch_invariant=batch_invariant)
-        return CUDARunner(decoder, gpu, max_rows=rows, cache_type=cache_type, **options)
+        return CUDARunner(
+            decoder, gpu, max_rows=rows, cache_type=cache_type, progress=progress, **options
+        )
     raise DeviceError(f"unknown device {device!r}: use one of {', '.join(map(repr, DEVICES))}")
 
 

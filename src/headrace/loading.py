@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +20,7 @@ from headrace.stages import stage
 
 if TYPE_CHECKING:
     from headrace.api import Model
+    from headrace.model.decoder import Decoder
     from headrace.text.template import ChatTemplate
     from headrace.text.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     progress: hub.Progress | None = None,
+    loading: hub.Progress | None = None,
     chat: bool = False,
     max_sequences: int = 16,
     cache_tokens: int | None = None,
@@ -45,6 +47,7 @@ def load(
     context: most tokens of one conversation (default: 8,192, or the model's own if shorter). Keys
     and values for it are set aside; on a CPU the memory is only taken as it is used.
     threads: CPU threads (default: all cores). progress: called as a file is fetched.
+    loading: called as weights go to a GPU: the file's name, their bytes so far, and all of them.
     chat: a chat comes first: what renders its template is started meanwhile, if the file has one.
     max_sequences: most that run at once. cache_tokens: most tokens of all of them together
     (default: one context). batch_invariant: an answer does not depend on how many others are made
@@ -56,13 +59,13 @@ def load(
     >>> model = headrace.load("smollm2")
     >>> model.generate("The capital of France is", max_tokens=8, temperature=0).text
     """
-    with opening(device if threads is None else "cpu"):
+    with stage("load"), opening(device if threads is None else "cpu"):
         device = choose_device(device, threads)
         check_cache_type(cache_type, device)
         path = hub.resolve(name, progress)
         with _no_collections():
             return _load(
-                path, device, threads, chat, context, max_sequences, cache_tokens,
+                path, device, threads, loading, chat, context, max_sequences, cache_tokens,
                 batch_invariant=batch_invariant, cache_type=cache_type,
             )  # fmt: skip
 
@@ -71,6 +74,7 @@ def _load(
     path: Path,
     device: str,
     threads: int | None,
+    loading: hub.Progress | None,
     chat: bool,
     context: int | None,
     max_sequences: int,
@@ -92,7 +96,10 @@ def _load(
             with stage("decoder"):
                 decoder = load_decoder(file, check_weights=device != "cuda")
             with stage("runner", file.n_bytes):
-                runner = load_runner(decoder, device, threads, max_sequences, **options)
+                progress = loading and _sum(loading, path.name, decoder)
+                runner = load_runner(
+                    decoder, device, threads, max_sequences, progress=progress, **options
+                )
             try:
                 tokenizer, template = text.result()
                 n_pages = None if cache_tokens is None else pages_for(cache_tokens)
@@ -108,6 +115,18 @@ def _load(
             file.close()
             raise
     return Model(file, engine, device, template)
+
+
+def _sum(show: hub.Progress, name: str, decoder: Decoder) -> Callable[[int], None]:
+    """``show`` as what is told the bytes of each piece."""
+    total, done = sum(tensor.n_bytes for tensor in decoder.weights.values()), 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done = min(done + n_bytes, total)  # some are laid out twice
+        show(name, done, total)
+
+    return add
 
 
 @contextmanager

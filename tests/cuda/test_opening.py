@@ -130,7 +130,8 @@ def test_what_a_load_took_is_logged(path: Path, caplog: pytest.LogCaptureFixture
     facts = {record.getMessage(): record.facts for record in caplog.records}
     assert facts.keys() == {
         "header", "vocabulary", "tokeniser's encoder", "decoder", "context", "bindings imported",
-        "device opened, its context waited for", "matrices on the device", "runner", "cache",
+        "load", "device opened, its context waited for", "matrices on the device", "runner",
+        "cache",
     }  # fmt: skip
     size = path.stat().st_size
     assert 0.9 * size < facts["matrices on the device"]["bytes"] < size

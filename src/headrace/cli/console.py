@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -29,11 +29,31 @@ def resolve(name: str, *, refresh: bool = False) -> Path:
 
 
 @contextmanager
-def byte_progress(verb: str) -> Iterator[hub.Progress]:
-    """A bar on a terminal, else a line for every tenth. Costs nothing until it is called."""
-    if not sys.stderr.isatty():
-        yield _line_for_every_tenth(verb)
-        return
+def byte_progress(
+    verb: str, after: float = 0.0, begin: Callable[[], None] | None = None
+) -> Iterator[hub.Progress]:
+    """A bar on a terminal, else a line for every tenth, from ``after`` seconds after the first call
+    on, when ``begin`` is called. Costs nothing until then."""
+    with ExitStack() as ended:
+        show, since = None, None
+
+        def patient(what: str, done: int, total: int) -> None:
+            nonlocal show, since
+            now = time.monotonic()
+            since = now if since is None else since
+            if now < since + after:
+                return
+            if show is None:
+                if begin:
+                    begin()
+                bar = _bar if sys.stderr.isatty() else _line_for_every_tenth
+                show = bar(verb, ended)
+            show(what, done, total)
+
+        yield patient
+
+
+def _bar(verb: str, ended: ExitStack) -> hub.Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -51,23 +71,19 @@ def byte_progress(verb: str) -> Iterator[hub.Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = ended.enter_context(Progress(*columns, console=Console(stderr=True)))
     task = None
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal task
         if task is None:
-            bar.start()
             task = bar.add_task(what, total=total)
         bar.update(task, completed=done)
 
-    try:
-        yield show
-    finally:
-        bar.stop()
+    return show
 
 
-def _line_for_every_tenth(verb: str) -> hub.Progress:
+def _line_for_every_tenth(verb: str, ended: ExitStack) -> hub.Progress:
     """Not more than one a second, but always the first and the last."""
     said, at = -1, 0.0
 
@@ -146,10 +162,11 @@ def load(
     status(f"loading {name} (the first run compiles kernels)")
     import headrace
 
-    model = headrace.load(
-        path, device, context=context, threads=threads, chat=chat, max_sequences=1,
-        cache_type=cache_type,
-    )  # fmt: skip
+    with byte_progress("loading", after=1.0, begin=status.clear) as loading:
+        model = headrace.load(
+            path, device, context=context, threads=threads, chat=chat, max_sequences=1,
+            cache_type=cache_type, loading=loading,
+        )  # fmt: skip
     status.clear()
     return model
 
