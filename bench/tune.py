@@ -157,7 +157,8 @@ def launches_of(runner: CUDARunner, figure: Figure) -> list[Launch]:
 def written(one: Measured) -> dict[str, Any]:
     """For the receipt."""
     samples = {"before": one.before, "candidate": one.candidate, "after": one.after}
-    return {**one.figure._asdict(), "us": samples, "gain": one.gain, "spread": one.spread}
+    us = {name: [round(t, 1) for t in times] for name, times in samples.items()}
+    return {**one.figure._asdict(), "us": us, "gain": one.gain, "spread": one.spread}
 
 
 def report(search: Search, start: Tuning) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def main() -> None:
     print_table(search, start)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found | report(search, start), indent=1))
+        options.json.write_text(json.dumps(found | report(search, start)) + "\n")
     if options.update and search.searched:
         update(options.update, search, found)
     elif options.update:
