@@ -44,8 +44,8 @@ __shared__ u64* phase_place;
         ("    if (unit + PASS_UNITS < last) sync_block();\n  }\n", "    if (unit + PASS_UNITS < last) sync_block();\n  }\n  PHASE(6);\n"))  # fmt: skip
     sub("attend.cu",
         ("  dependents_launch();\n", "  dependents_launch();\n  PHASES(args);\n"),
-        ("    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);\n",
-         "    attend_split(a, now, split, shared, arrived, threadIdx.x, read, sync_block);\n    PHASE(7);\n"))  # fmt: skip
+        ("    attend_split(a, now, query_at, split, shared, arrived, threadIdx.x, read, sync_block);\n",
+         "    attend_split(a, now, query_at, split, shared, arrived, threadIdx.x, read, sync_block);\n    PHASE(7);\n"))  # fmt: skip
     sub("attend.cuh",
         ("  sync();\n  Warp w;", "  sync();\n  PHASE(2);\n  Warp w;"),
         ("  read(w, q);\n", "  read(w, q);\n  PHASE(3);\n"),

@@ -63,7 +63,7 @@ def test_weights_arrive_whenever_the_device_takes_them(
     told: list[int] = []
     index.load(device, told.append)
     check(index, decoder, device)
-    assert len(told) > 4 * upload._SLOTS * upload._THREADS
+    assert len(told) > 4 * upload._SLOTS
     assert max(told) == index.staging_bytes <= PIECE
     assert sum(told) == sum(decoder.weights[name].data.nbytes for name, _ in index._layouts)
     index.close(device)
@@ -132,7 +132,7 @@ def test_a_device_that_fails_ends_the_load(
         ends_early(decoder, device, lambda _: None)
 
 
-@pytest.mark.parametrize("slots", [0, 1])
+@pytest.mark.parametrize("slots", [0, 1, 5])
 def test_no_room_for_slots_ends_the_load(decoder: Decoder, slots: int) -> None:
     index = WeightIndex(decoder)
     device = HostDevice(memory_limit=LIMIT)

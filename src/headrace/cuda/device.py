@@ -87,9 +87,6 @@ class Device(Protocol):
     @property
     def name(self) -> str: ...
 
-    def use(self) -> None:
-        """Before another thread than the one that opened it calls: one at a time may."""
-
     def free_bytes(self) -> int: ...
 
     def allocate(self, n_bytes: int, purpose: str) -> int:

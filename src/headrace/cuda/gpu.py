@@ -71,7 +71,7 @@ class CUDADevice:
         self._context = context = CUDAContext(index)
         try:
             self._look_up(context.device)
-            self.use()
+            _check(driver.cuCtxSetCurrent(context.handle), "context")
             # 1: apart from the default stream
             self.stream = _check(driver.cuStreamCreate(1), "stream")
         except BaseException:
@@ -105,10 +105,6 @@ class CUDADevice:
     @property
     def name(self) -> str:
         return self._name
-
-    def use(self) -> None:
-        assert self._context is not None
-        _check(self.driver.cuCtxSetCurrent(self._context.handle), "context")
 
     def free_bytes(self) -> int:
         free, _ = _check(self.driver.cuMemGetInfo(), "memory information")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -76,7 +75,6 @@ class HostDevice:
         self._queue: deque[Callable[[], None]] = deque()
         self.n_queued = 0
         """Since the start."""
-        self._running = threading.RLock()
         self.late: list[tuple[int, NDArray[np.uint8]]] = []
         """(address, bytes), four at most, that arrive while the next kernel already runs: when it
         waits for the kernel before it."""
@@ -84,9 +82,6 @@ class HostDevice:
     @property
     def name(self) -> str:
         return f"host build of sm_{self.arch}"
-
-    def use(self) -> None:
-        pass
 
     def free_bytes(self) -> int:
         return self._limit - sum(block.size for block in self._memory.values())
@@ -130,22 +125,20 @@ class HostDevice:
         if self._recording is not None:
             self._recording.append(step)
             return
-        with self._running:
-            self._queue.append(step)
-            self.n_queued += 1
-            if not self._asynchronous:
-                self.run_queued()
+        self._queue.append(step)
+        self.n_queued += 1
+        if not self._asynchronous:
+            self.run_queued()
 
     def run_queued(self, until: int | None = None) -> None:
         """What was queued first, up to as many as ``until`` since the start; all unless given."""
-        with self._running:
-            n_left = 0 if until is None else self.n_queued - until
-            try:
-                while len(self._queue) > n_left:
-                    self._queue.popleft()()
-            except BaseException:
-                self._queue.clear()
-                raise
+        n_left = 0 if until is None else self.n_queued - until
+        try:
+            while len(self._queue) > n_left:
+                self._queue.popleft()()
+        except BaseException:
+            self._queue.clear()
+            raise
 
     def upload(self, address: int, data: NDArray[Any]) -> None:
         self.upload_pinned(address, np.array(data).reshape(-1).view(np.uint8))

@@ -1,21 +1,19 @@
-"""Weights to the device: each of a few threads reads pieces into pinned memory, sees that they are
-finite, and has the device fetch them while it reads the next.
+"""Weights to the device: threads read them into pinned memory, piece by piece, and see that they
+are finite, while the device fetches the pieces before.
 
 The driver copies from pageable memory by one thread, and the one that asks waits for it. From
 pinned memory the device's own engine copies at the speed of the bus, but to pin all of the file
-would take longer than to read it: a few slots serve all pieces in turn. No thread waits for
-another, which Python would have to wake.
+would take longer than to read it: a few slots serve all pieces in turn.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +26,12 @@ from headrace.gguf.types import Tensor
 SLOT_BYTES = 8 << 20
 """A piece, about: large enough that queueing it is little of what copying it takes."""
 
-_THREADS = 6
-"""But no more than cores."""
+_SLOTS = 8
+"""Pinning takes time for each."""
 
-_SLOTS = 2
-"""Of a thread: it fills one while the device fetches the other. Pinning takes time for each."""
+_READING = 6
+"""Pieces that threads copy while the device fetches the others; of the threads themselves there are
+no more than cores."""
 
 Progress = Callable[[int], None]
 
@@ -77,40 +76,39 @@ class _Slot:
 def upload(
     device: Device, pieces: Iterable[Piece], most_bytes: int, progress: Progress | None = None
 ) -> None:
-    """Copy every piece of up to ``most_bytes`` to the device and run its kernel; wait for the last.
-    ``progress`` is told the bytes of each piece, by one thread at a time.
+    """Copy every piece of up to ``most_bytes`` to the device and run its kernel, one after the
+    other; wait for the last. ``progress`` is told the bytes of each piece.
 
     It takes ``most_bytes`` on the device meanwhile. However it ends, nothing runs on and no memory
     is kept. Raises DeviceError, GGUFError for weights that are not finite or no longer there, and
     what ``pieces`` and ``progress`` raise.
     """
-    left, turn, stopped = iter(pieces), threading.Lock(), threading.Event()
+    with ExitStack() as memory:
+        staging = device.allocate(most_bytes, "staging for weights")
+        memory.callback(device.free, staging)
+        # Threads and device have done with the memory before it goes: this is undone first.
+        with ExitStack() as work:
+            work.callback(device.synchronise)
+            n_threads = min(_READING, os.cpu_count() or 1)
+            threads = work.enter_context(ThreadPoolExecutor(n_threads, "headrace-weights"))
+            slots: list[_Slot] = []
+            reading: deque[tuple[Piece, _Slot, Future[None]]] = deque()
 
-    def work(memory: ExitStack) -> None:
-        device.use()
-        with turn:
-            slots = [_Slot(device, most_bytes, memory) for _ in range(_SLOTS)]
-        for slot in cycle(slots):
-            with turn:
-                piece = None if stopped.is_set() else next(left, None)
-            if piece is None:
-                return
-            slot.copied.wait()
-            slot.fill(piece)
-            with turn:  # the kernel takes what the copy brought, before the next copy
+            def send() -> None:
+                piece, slot, filled = reading.popleft()
+                filled.result()
                 slot.send(device, staging, piece.data.size)
                 device.launch(piece.kernel(staging))
                 if progress:
                     progress(piece.data.size)
 
-    with ExitStack() as memory:
-        staging = device.allocate(most_bytes, "staging for weights")
-        memory.callback(device.free, staging)
-        # Threads and device have done with the memory before it goes: this is undone first.
-        with ExitStack() as running:
-            running.callback(device.synchronise)
-            n_threads = min(_THREADS, os.cpu_count() or 1)
-            threads = running.enter_context(ThreadPoolExecutor(n_threads, "headrace-weights"))
-            running.callback(stopped.set)
-            for done in as_completed([threads.submit(work, memory) for _ in range(n_threads)]):
-                done.result()
+            for i, piece in enumerate(pieces):
+                if len(reading) == _READING:
+                    send()
+                if i < _SLOTS:  # one at a time: the threads begin with the first
+                    slots.append(_Slot(device, most_bytes, memory))
+                slot = slots[i % _SLOTS]
+                slot.copied.wait()
+                reading.append((piece, slot, threads.submit(slot.fill, piece)))
+            while reading:
+                send()
