@@ -12,7 +12,6 @@ from headrace.engine.engine import Engine
 from headrace.engine.request import Completion, Request
 from headrace.engine.sequence import Event
 from headrace.gguf.reader import GGUFFile
-from headrace.loading import load_template
 from headrace.model.decoder import Config
 from headrace.sampling import Logits, LogitsMask, SamplingParams
 from headrace.text.tokenizer import Tokenizer
@@ -110,7 +109,9 @@ class Model:
     def chat_template(self) -> ChatTemplate:
         """Raises TemplateError when the file has none."""
         if self._template is None:
-            self._template = load_template(self._file.metadata, self.tokenizer)
+            from headrace.text.template import ChatTemplate
+
+            self._template = ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
         return self._template
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:

@@ -150,16 +150,11 @@ def _load_text(metadata: Mapping[str, Any], chat: bool) -> tuple[Tokenizer, Chat
         tokenizer = Tokenizer.from_metadata(metadata)
     template = None
     if chat:
+        from headrace.text.template import ChatTemplate
+
         with suppress(TemplateError):  # asking for Model.chat_template raises it again
-            template = load_template(metadata, tokenizer)
+            template = ChatTemplate.from_metadata(metadata, tokenizer)
             template.prepare()
     with stage("tokeniser's encoder"):
         tokenizer.prepare()
     return tokenizer, template
-
-
-def load_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
-    """Raises TemplateError."""
-    from headrace.text.template import ChatTemplate
-
-    return ChatTemplate.from_metadata(metadata, tokenizer)
