@@ -36,7 +36,7 @@ template <int N> struct Rotary {
     int position, slot;
     double turns;
     Rotation rotation;
-    u64 page;  // where k or v goes
+    u32 page;  // where k or v goes
   };
   float* q;  // [rows, N], rotated
   Cache cache;
@@ -52,7 +52,7 @@ template <int N> struct Rotary {
   DEVICE void fetch(Ready&, int, int, bool) const {}
   DEVICE void settle(Ready& r, int segment, int n, bool live) const {
     if (!live) return;
-    if (segment > 0) r.page = cache.page(r.slot, r.position);
+    if (segment > 0) r.page = (u32)cache.page(r.slot, r.position);
     if (segment < 2) r.rotation = rotation(n % HEAD_DIM, r.position, r.turns);
   }
   DEVICE void finish(const Ready& r, int row, int segment, int n, float v, bool live) const {
