@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from device_memory import activations, poisoned, put, read_quantised
+from device_memory import activations, check_squares, poisoned, put, read_quantised
 from kv_cache import Cache, dequantise
 
 from headrace.cuda import arguments as c
@@ -60,7 +60,9 @@ def run(
             for i, (slot, position) in enumerate(rows)
         ]
     )  # fmt: skip
-    return device.download(out.values), read_quantised(device, out), wanted
+    values = device.download(out.values)
+    check_squares(device, out, values)
+    return values, read_quantised(device, out), wanted
 
 
 def check(got: np.ndarray, quantised: np.ndarray, wanted: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from headrace.cuda.device import Device, DeviceArray
 from headrace.cuda.host import HostDevice
 from headrace.cuda.layout import reorder, rotary_rows
 from headrace.cuda.weights import WeightIndex
-from headrace.errors import DeviceError, DeviceMemoryError
-from headrace.gguf.quants import dequantize
+from headrace.errors import DeviceError, DeviceMemoryError, GGUFError
+from headrace.gguf.quants import BLOCK_DTYPES, dequantize
 from headrace.gguf.reader import open_gguf
+from headrace.gguf.types import QuantType
 from headrace.model.decoder import Decoder
 from headrace.model.loader import load_decoder
 from headrace.synth import write_synthetic
@@ -143,3 +145,18 @@ def test_no_room_for_slots_ends_the_load(decoder: Decoder, slots: int) -> None:
     index.close(device)
     device.free(spare)
     assert device.free_bytes() == LIMIT
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_norm.weight"])
+def test_weights_that_are_not_finite_are_found_on_the_way(decoder: Decoder, name: str) -> None:
+    tensor = decoder.weights[name]
+    data = tensor.data.copy()
+    row = tensor.n_rows - 1
+    if tensor.qtype is QuantType.F32:
+        data[row].view("<f4")[-1] = np.inf
+    else:
+        blocks = data[row].view(BLOCK_DTYPES[tensor.qtype])
+        blocks["d"][-1] = np.nan
+    damaged = replace(decoder, weights={**decoder.weights, name: replace(tensor, data=data)})
+    with pytest.raises(GGUFError, match=rf"'{name}' .*NaN or infinite .* in row {row};"):
+        ends_early(damaged, HostDevice(memory_limit=LIMIT), lambda _: None)
