@@ -8,9 +8,9 @@
 Runs the program five times as it is found compiled, then once with an empty cache, as on the day it
 is installed. Beside it: how long the file takes to be read, from the page cache, by one thread into
 one buffer. Both the program's whole wait is told, and that from its call of ``headrace.load`` on,
-with what that imports. Peak memory is the largest resident set that the
-system saw, page cache of the weights included. --stages shows what the last of the five waits
-consisted of, and what ran beside what.
+with what that imports. Peak memory is the largest resident set that the system saw, pages of the
+weights that are mapped included. --stages shows what the last of the five waits consisted of, and
+what ran beside what.
 """
 
 from __future__ import annotations

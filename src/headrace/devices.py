@@ -96,7 +96,7 @@ def _make_context() -> CUDAContext:
 
 
 def _import_bindings() -> None:
-    """Nothing of headrace itself, nor NumPy: the other threads are importing those."""
+    """Neither NumPy nor what other threads import meanwhile: they could see half of it."""
     with stage("bindings imported"):
         from headrace.cuda import bindings
         from headrace.cuda.compile import compiler_version

@@ -60,11 +60,11 @@ def device_count() -> int:
 
 def usable_gpu() -> str | None:
     """The name of the first GPU if the kernels can be compiled for it, and run there."""
-    if not device_count():
-        return None
     from headrace.cuda.compile import compiler_version
 
     try:
+        if not device_count():
+            return None
         device = _integer("cuDeviceGet", 0)
         compiler_version()
         return device_name(device) if arch(device) >= OLDEST_ARCH else None
